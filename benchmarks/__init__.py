@@ -1,0 +1,1 @@
+"""Measurements of Hardy beside other libraries. Not part of the installed package."""

@@ -1,0 +1,311 @@
+"""`DistributionalPPO`, the object a user of the Python interface holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
+from hardy.config import nearest, settings_from_dict
+from hardy.console import LiveView
+from hardy.envs import make, make_from
+from hardy.nn.normalizer import RunningMoments
+from hardy.policy import ActorCritic, describe_space, space_from
+from hardy.population import MemberGenerators
+from hardy.rollout import reset_memory_
+from hardy.trainer import ENVIRONMENT, RunSettings, Trainer, mean_over_members
+
+POLICIES = {"MlpPolicy": "none", "MlpLstmPolicy": "lstm", "MlpGruPolicy": "gru"}
+PYTHON_ENV = "python"
+"""Stands for the id where the environment was given as an object."""
+EPISODE_STATE = ("collector.", "reward.running_return")
+"""Leaves that belong to running episodes, and so never to a saved model."""
+EnvLike = str | VectorEnv[Any, Any, Any] | Sequence[Callable[[], gymnasium.Env[Any, Any]]]
+Section = Mapping[str, Any]
+
+
+class DistributionalPPO:
+    """Recurrent PPO with a distributional critic, a plasticity-keeping optimizer and variance-scaled gradients.
+
+    Args:
+        policy: "MlpLstmPolicy", "MlpGruPolicy" or "MlpPolicy" (no memory).
+        env: an id (``hardy envs`` lists the built-in tasks), a ``gymnasium.vector.VectorEnv``, or a list of functions that each
+            make one environment.
+        optimizer: "AdaptiveUPGD", "UPGD" or "UPGDW", or its settings as a mapping (``{"name": "UPGDW", "lr": 1e-3}``).
+        vgs: whether gradients are scaled by their measured variance, or the scaler's settings as a mapping.
+        seed: of weights, environments, actions and noise.
+        num_envs: environments, where ``env`` is an id.
+        ppo, critic, normalizer, policy_kwargs: settings of those parts, as in a configuration file.
+        drift: makes the task change while it is being learnt, as in a configuration file.
+        device: "cpu" or "cuda".
+        threads: processor threads; by default every core the process may use.
+
+    Raises:
+        ConfigError: a setting is unknown or impossible.
+        ValueError: an unknown policy or environment, or spaces that are not supported.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        env: EnvLike,
+        *,
+        optimizer: str | Section = "AdaptiveUPGD",
+        vgs: bool | Section = True,
+        seed: int = 0,
+        num_envs: int = 8,
+        ppo: Section | None = None,
+        critic: Section | None = None,
+        normalizer: Section | None = None,
+        policy_kwargs: Section | None = None,
+        drift: Section | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"policy = {policy!r}: allowed are {', '.join(POLICIES)}{nearest(policy, POLICIES)}")
+        if isinstance(env, VectorEnv):
+            num_envs = env.num_envs
+        elif not isinstance(env, str):
+            num_envs = len(env)
+        settings = settings_from_dict(
+            RunSettings,
+            {
+                "seed": seed,
+                "device": device,
+                "threads": threads,
+                "env": {"id": env if isinstance(env, str) else PYTHON_ENV, "num_envs": num_envs, "drift": drift},
+                "policy": {"memory": POLICIES[policy], **(policy_kwargs or {})},
+                "optimizer": {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer),
+                "vgs": {"enabled": vgs} if isinstance(vgs, bool) else dict(vgs),
+                "ppo": dict(ppo or {}),
+                "critic": dict(critic or {}),
+                "normalizer": dict(normalizer or {}),
+            },
+        )
+        self._hold(_trainer(settings, env))
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Self:
+        """The model around a trainer of one member that exists already."""
+        model = cls.__new__(cls)
+        model._hold(trainer)
+        return model
+
+    def _hold(self, trainer: Trainer) -> None:
+        self.trainer: Trainer | None = trainer
+        self.settings = trainer.settings
+        self.policy = trainer.policy
+        self._observation = trainer.state.observation
+        self._spaces: tuple[gymnasium.Space[Any], gymnasium.Space[Any]] = (
+            trainer.env.observation_space,
+            trainer.env.action_space,
+        )
+        self._predict_noise = MemberGenerators([trainer.settings.seed], "predict")
+
+    def learn(
+        self,
+        total_timesteps: int,
+        *,
+        progress_bar: bool = False,
+        callback: Callable[[DistributionalPPO, Mapping[str, float]], bool | None] | None = None,
+    ) -> Self:
+        """Train for ``total_timesteps`` more environment steps, rounded up to whole rollouts.
+
+        Args:
+            total_timesteps: also the length that learning-rate and clip schedules span.
+            callback: called with the model and the metrics after every iteration; returning False ends the training.
+
+        Raises:
+            ValueError: the model was loaded without an environment, or ``total_timesteps`` is not positive.
+        """
+        if total_timesteps < 1:
+            raise ValueError(f"total_timesteps = {total_timesteps}: must be at least 1")
+        trainer = self._require_trainer("learn")
+        end = trainer.timesteps + total_timesteps
+        with LiveView(end, start=trainer.timesteps) if progress_bar else nullcontext() as view:
+            while trainer.timesteps < end:
+                metrics = mean_over_members(trainer.iterate(end))
+                if view is not None:
+                    view.update(trainer.timesteps, metrics)
+                if callback is not None and callback(self, metrics) is False:
+                    break
+        return self
+
+    @torch.no_grad()
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: np.ndarray | None = None,
+        episode_start: np.ndarray | bool | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Actions for one observation or a batch, and the memory to give back with the next ones.
+
+        Args:
+            observation: of the observation space's shape, or ``[n, *shape]``.
+            state: memory ``[n, S]`` that the last call returned; ``None`` is the start of an episode.
+            episode_start: ``[n]``; True where ``observation`` begins a new episode, so that the memory is reset before it.
+            deterministic: the most probable action instead of a sample.
+
+        Returns:
+            The actions, with a batch axis if the observations have one, and the memory ``[n, S]`` (``None`` without memory).
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        space, action_space = self._spaces
+        shape = tuple(space.shape or ())
+        given = np.asarray(observation)
+        single = given.shape == shape
+        if not single and given.shape[1:] != shape:
+            raise ValueError(f"observation has shape {given.shape}: allowed are {shape} and (n, {', '.join(map(str, shape))})")
+        obs = self.policy.flatten(given, 1)
+        count = obs.shape[1]
+        recurrent = self.policy.initial_state(1, count)
+        if state is not None:
+            if np.shape(state) != tuple(recurrent.shape[1:]):
+                raise ValueError(f"state has shape {np.shape(state)}: {count} observations need {tuple(recurrent.shape[1:])}")
+            recurrent = torch.as_tensor(state).to(recurrent).unsqueeze(0)
+        starts = np.broadcast_to(False if episode_start is None else episode_start, (count,))
+        distribution, _, recurrent = self.policy.step(
+            self._normalize(obs), recurrent, torch.tensor(starts, dtype=torch.bool, device=obs.device).unsqueeze(0)
+        )
+        if deterministic:
+            chosen = distribution.mode()
+        else:
+            chosen = distribution.sample(self.policy.draw_noise(self._predict_noise, count))
+        action = chosen[0].cpu().numpy()
+        if isinstance(action_space, gymnasium.spaces.Box):
+            action = np.clip(action, action_space.low, action_space.high)
+        elif isinstance(action_space, gymnasium.spaces.Discrete):
+            action = action + int(action_space.start)
+        return action[0] if single else action, recurrent[0].cpu().numpy() if self.policy.state_size else None
+
+    def _normalize(self, obs: Tensor) -> Tensor:
+        settings = self.settings.normalizer
+        return self._observation.normalize(obs, settings.clip_observation, settings.epsilon) if settings.observation else obs
+
+    @property
+    def lstm_states(self) -> Tensor | None:
+        """Memory of the training environments ``[P, E, S]``; ``None`` where the model has no environment or no memory."""
+        if self.trainer is None or self.policy.state_size == 0:
+            return None
+        return self.trainer.state.collector.recurrent
+
+    def reset_lstm_states_to_initial(self) -> None:
+        """Put the memory of the training environments back to the start of an episode, for collecting and for training.
+
+        Whenever weights are replaced from outside, the memory that the old weights wrote must go: ``h = f(x, h_old; new)``
+        belongs to neither policy. `load_parameters` calls this itself. Without memory nothing happens.
+        """
+        if self.trainer is not None and self.lstm_states is not None:
+            reset_memory_(self.trainer.state.collector)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model to continue training later: weights, optimizer, statistics, random generators; no recurrent state."""
+        trainer = self._require_trainer("save")
+        tensors = {name: leaf for name, leaf in flatten_state(trainer.state).items() if not name.startswith(EPISODE_STATE)}
+        save_tensors(_with_suffix(path), tensors, {**trainer.document(), "kind": "model"})
+        return _with_suffix(path)
+
+    def export_policy(self, path: str | Path) -> Path:
+        """Write what `predict` needs and nothing else: weights, observation statistics, shapes."""
+        tensors = {f"parameters.{name}": value.data for name, value in self.policy.named_parameters()}
+        tensors |= {f"observation.{name}": getattr(self._observation, name) for name in ("mean", "var", "count")}
+        observation_space, action_space = self._spaces
+        document = {
+            "kind": "policy",
+            "settings": self.settings.model_dump(mode="json"),
+            "observation_space": describe_space(observation_space),
+            "action_space": describe_space(action_space),
+        }
+        save_tensors(_with_suffix(path), tensors, document)
+        return _with_suffix(path)
+
+    @classmethod
+    def load(cls, path: str | Path, env: EnvLike | None = None) -> Self:
+        """Read what `save` or `export_policy` wrote, or a checkpoint of a run.
+
+        A policy alone, or a model whose environment was an object and is not given here, predicts but does not learn.
+
+        Raises:
+            CheckpointError: the file is unreadable, or holds several members.
+            ValueError: ``env`` has other spaces than the model was trained on.
+        """
+        tensors, document = load_tensors(Path(path))
+        if len(document.get("seeds", [0])) != 1:
+            raise CheckpointError(f"{path}: holds a population of {len(document['seeds'])}; allowed is a single agent")
+        settings = settings_from_dict(RunSettings, document["settings"])
+        model = cls.__new__(cls)
+        model._spaces = space_from(document["observation_space"]), space_from(document["action_space"])
+        source = settings.env.id if env is None and settings.env.id != PYTHON_ENV else env
+        if source is not None and document["kind"] != "policy":
+            trainer = _trainer(settings, source)
+            model._require_spaces(trainer)
+            kept = {name: leaf for name, leaf in tensors.items() if not name.startswith((*EPISODE_STATE, ENVIRONMENT))}
+            restore_state_(trainer.state, {**_episode_state(trainer), **kept})
+            trainer.iteration = document["iteration"]
+            return cls.of(trainer)
+        model.trainer = None
+        model.settings = settings
+        model._predict_noise = MemberGenerators([settings.seed], "predict")
+        model.policy = ActorCritic(*model._spaces, settings.policy, settings.critic, [settings.seed])
+        model._observation = RunningMoments.create(1, (model.policy.observation_size,))
+        model._copy_policy(tensors)
+        return model
+
+    def load_parameters(self, path: str | Path) -> None:
+        """Replace weights and observation statistics by those of a saved policy, model or checkpoint of the same shape.
+
+        The memory of the training environments is reset (see `reset_lstm_states_to_initial`).
+
+        Raises:
+            CheckpointError: the file is unreadable, or belongs to another shape.
+        """
+        self._copy_policy(load_tensors(Path(path))[0])
+        self.reset_lstm_states_to_initial()
+
+    @torch.no_grad()
+    def _copy_policy(self, tensors: Mapping[str, Tensor]) -> None:
+        targets = {f"parameters.{name}": value for name, value in self.policy.named_parameters()}
+        targets |= {f"observation.{name}": getattr(self._observation, name) for name in ("mean", "var", "count")}
+        wrong = [name for name, value in targets.items() if name not in tensors or tensors[name].shape != value.shape]
+        if wrong:
+            raise CheckpointError(f"the file is of another policy: {', '.join(wrong[:5])} missing or of another shape")
+        for name, value in targets.items():
+            value.copy_(tensors[name])
+
+    def _require_trainer(self, method: str) -> Trainer:
+        if self.trainer is None:
+            raise ValueError(f"{method}() needs an environment: this model was loaded without one; give env to load()")
+        return self.trainer
+
+    def _require_spaces(self, trainer: Trainer) -> None:
+        given = trainer.env.observation_space, trainer.env.action_space
+        for kind, theirs, ours in zip(("observation", "action"), given, self._spaces, strict=True):
+            if theirs != ours:
+                raise ValueError(f"env has {kind} space {theirs}: the model was trained with {ours}")
+
+
+def _episode_state(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: leaf for name, leaf in flatten_state(trainer.state).items() if name.startswith(EPISODE_STATE)}
+
+
+def _trainer(settings: RunSettings, env: EnvLike) -> Trainer:
+    seeds = [settings.seed]
+    if isinstance(env, str):
+        return Trainer(settings, env=make(settings.env, seeds))
+    return Trainer(settings, env=make_from(env, seeds, drift=settings.env.drift))
+
+
+def _with_suffix(path: str | Path) -> Path:
+    return Path(path) if Path(path).suffix == ".safetensors" else Path(f"{path}.safetensors")

@@ -1,0 +1,222 @@
+"""Checkpoint files: tensors and a JSON document in one safetensors file, written so that a kill at any instant loses nothing.
+
+Nothing here unpickles: reading a stranger's file cannot run his code.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hardy.population import leaves
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "hardy"
+_STEP_FILE = re.compile(r"step_(\d+)\.safetensors")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def package_version(name: str = "hardy") -> str:
+    """The installed version of a distribution, or ``unknown`` where it runs from source without being installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part, also after a kill or a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")  # in the same folder: only within one file system is a rename atomic
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name itself reaches the disk; elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """`write_bytes_atomic` for UTF-8 text."""
+    write_bytes_atomic(path, text.encode())
+
+
+def write_json_atomic(path: Path, document: Any) -> None:
+    """`write_bytes_atomic` for a JSON document, indented.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot express.
+    """
+    write_text_atomic(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Write named tensors and a document as one safetensors file, atomically.
+
+    Args:
+        path: the file; its folder is made.
+        tensors: any shapes, dtypes and devices; they are copied to the CPU.
+        document: JSON values. ``kind`` (required) says what the file is for, so that no other kind is loaded in its place;
+            the format version and Hardy's version are added.
+
+    Raises:
+        ValueError: the document has no ``kind``.
+    """
+    if not isinstance(document.get("kind"), str):
+        raise ValueError(f"document['kind'] = {document.get('kind')!r}: must say what the file is, for instance 'policy'")
+    header = {**document, "format_version": FORMAT_VERSION, "hardy_version": package_version()}
+    # The format refuses tensors that share storage, as views of one buffer do: each gets its own.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_bytes_atomic(path, safetensors.torch.save(own, metadata={_METADATA_KEY: json.dumps(header)}))
+
+
+def load_tensors(path: Path, kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote: the tensors, on the CPU, and the document.
+
+    Args:
+        path: the file.
+        kind: refuse a file of any other kind.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, no safetensors file, not Hardy's, of a newer format or of another kind.
+    """
+    document = read_document(path, kind)
+    return safetensors.torch.load(path.read_bytes()), document
+
+
+def read_document(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The document of a file alone, quick whatever the size; refuses what `load_tensors` refuses."""
+    try:
+        with safe_open(str(path), framework="pt") as file:  # checks that every byte of every tensor is there
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated, or not a safetensors file ({error})") from None
+    try:
+        document = json.loads(metadata[_METADATA_KEY])
+        version = int(document["format_version"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: a safetensors file, but not one that Hardy wrote") from None
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: written in format {version} by Hardy {document.get('hardy_version')}; this Hardy reads up to format"
+            f" {FORMAT_VERSION}: use a newer one"
+        )
+    if kind is not None and document.get("kind") != kind:
+        raise CheckpointError(f"{path}: holds a {document.get('kind')!r}, expected a {kind!r}")
+    return dict(document)
+
+
+def flatten_state(state: object, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor of a training state under its dotted path, ``prefix`` put in front. The tensors are the state's own."""
+    return {leaf.path: leaf.tensor for leaf in leaves(state, prefix)}
+
+
+@torch.no_grad()
+def restore_state_(state: object, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Copy saved tensors into the existing storage of a training state; all or, where anything does not fit, none.
+
+    Args:
+        state: a training state of the same structure as the one saved.
+        tensors: as `flatten_state` returned them; those whose name does not start with ``prefix`` are left aside.
+        prefix: as given to `flatten_state`.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of another shape or dtype; all such are listed.
+    """
+    here = flatten_state(state, prefix)
+    saved = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    problems = [f"{name}: missing in the checkpoint" for name in here.keys() - saved.keys()]
+    problems += [f"{name}: in the checkpoint only" for name in saved.keys() - here.keys()]
+    for name in here.keys() & saved.keys():
+        found, expected = _kind(saved[name]), _kind(here[name])
+        if found != expected:
+            problems.append(f"{name}: {found} in the checkpoint, {expected} here")
+    if problems:
+        raise CheckpointError("the checkpoint does not fit this state:\n" + "\n".join(sorted(problems)))
+    for name, tensor in here.items():
+        tensor.copy_(saved[name])
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs: ``folder/step_000012345.safetensors``."""
+    return folder / f"step_{step:09d}.safetensors"
+
+
+def latest_checkpoint(folder: Path, on_skip: Callable[[CheckpointError], None] | None = None) -> Path:
+    """The newest usable checkpoint of a folder, by step number.
+
+    Args:
+        folder: where the ``step_<number>.safetensors`` lie.
+        on_skip: called with the reason for every newer file that cannot be used.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for path in reversed(_step_files(folder)):
+        try:
+            read_document(path)
+        except CheckpointError as error:
+            if on_skip is not None:
+                on_skip(error)
+        else:
+            return path
+    raise CheckpointError(f"{folder}: no usable checkpoint (step_<number>.safetensors)")
+
+
+def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
+    """Delete all but the ``keep`` newest usable checkpoints, and what an interrupted write left; returns what was deleted.
+
+    An unusable file does not count as kept, so a usable one always remains.
+
+    Raises:
+        ValueError: ``keep`` is below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep = {keep}: must be at least 1")
+    deleted = list(folder.glob(".step_*.safetensors.tmp"))
+    kept = 0
+    for path in reversed(_step_files(folder)):
+        if kept == keep:
+            deleted.append(path)
+            continue
+        try:
+            read_document(path)
+            kept += 1
+        except CheckpointError:
+            continue  # newer than anything usable: left for whoever wants to look at it
+    for path in deleted:
+        path.unlink()
+    return deleted
+
+
+def _step_files(folder: Path) -> list[Path]:
+    steps = {path: int(match[1]) for path in folder.glob("step_*") if (match := _STEP_FILE.fullmatch(path.name))}
+    return sorted(steps, key=steps.__getitem__)

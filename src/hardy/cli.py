@@ -1,0 +1,136 @@
+"""The command line: ``hardy train | resume | eval | config | envs``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hardy import run
+from hardy.checkpoint import CheckpointError, package_version
+from hardy.config import ConfigError, dump_settings, load_settings
+from hardy.console import print_error
+from hardy.envs import list_envs
+from hardy.trainer import RunSettings
+
+USER_ERROR, INTERRUPTED = 2, 130
+app = typer.Typer(
+    name="hardy",
+    help="Train agents that remember, keep learning and stay safe while the world changes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Config = Annotated[Path, typer.Argument(help="YAML file; configs/ has examples.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace those of the file.", show_default=False),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, as printed by train.", show_default=False)]
+
+
+def _say(message: str) -> None:
+    Console(highlight=False).print(message, soft_wrap=True, markup=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        _say(f"hardy {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train the agent that CONFIG describes; results go to artifacts/<run>/."""
+    settings = load_settings(RunSettings, config, overrides or [])
+    _finish(run.train(settings, config.stem, _say))
+
+
+@app.command()
+def resume(folder: RunFolder, overrides: Overrides = None) -> None:
+    """Continue an interrupted run, or a finished one with a larger total_timesteps."""
+    _finish(run.resume(_existing(folder), overrides or [], _say))
+
+
+@app.command("eval")
+def evaluate(
+    folder: RunFolder,
+    episodes: Annotated[int | None, typer.Option(min=2, help="Episodes; by default those of the configuration.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the environments; by default the run's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print mean, low, high and episodes as JSON.")] = False,
+) -> None:
+    """Mean return of a run's newest checkpoint with its 95 % interval; weights and statistics stay frozen."""
+    result = run.evaluate(_existing(folder), episodes, seed)
+    _say(json.dumps(dataclasses.asdict(result)) if as_json else _sentence(result))
+
+
+@app.command()
+def config(config: Config, overrides: Overrides = None) -> None:
+    """Check CONFIG and print it with every setting resolved."""
+    settings = load_settings(RunSettings, config, overrides or [])
+    run.make_trainer(settings).env.close()
+    sys.stdout.write(dump_settings(settings))
+
+
+@app.command()
+def envs() -> None:
+    """List the built-in environments; every other Gymnasium id works too."""
+    table = Table("id", "what it is", "observation", "action", "time limit", "parameters that may drift")
+    for info in list_envs():
+        table.add_row(
+            info.id, info.description, info.observation, info.action, str(info.max_episode_steps), ", ".join(info.physics)
+        )
+    Console().print(table)
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        parent = folder.parent
+        runs = sorted(path.name for path in parent.iterdir() if (path / run.CONFIG).exists()) if parent.is_dir() else []
+        known = f"; runs in {parent} are {', '.join(runs)}" if runs else ""
+        raise ConfigError([f"{folder}: no such folder{known}"])
+    return folder
+
+
+def _sentence(result: run.Evaluation) -> str:
+    return f"return {result.mean:.1f}, 95 % interval {result.low:.1f} to {result.high:.1f}, {result.episodes} episodes"
+
+
+def _finish(outcome: run.Outcome) -> None:
+    if outcome.evaluation is not None:
+        _say(f"evaluation: {_sentence(outcome.evaluation)}")
+    _say(f"results: {outcome.folder}")
+    if outcome.status == "interrupted":
+        _say(f"interrupted; continue with: hardy resume {outcome.folder}")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    Console(stderr=True, highlight=False).print(f"warning: {message}", soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Entry point: a mistake of the user ends with one message and exit status 2, without a traceback."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except (ConfigError, CheckpointError) as error:
+        print_error(str(error))
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        sys.exit(INTERRUPTED)

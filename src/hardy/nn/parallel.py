@@ -1,0 +1,64 @@
+"""Threads for the recurrent kernels: each worker runs whole kernel calls with one intra-op thread.
+
+Two Python threads, one kernel each, use two cores better than two intra-op threads inside one kernel, because a step of a
+recurrence is too small to split; the interpreter lock is released inside the kernel.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class WorkerPool:
+    """Runs independent tasks on ``threads`` threads; with one thread, or one task, in the caller's."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._executor: ThreadPoolExecutor | None = None
+        if threads > 1:
+            self._executor = ThreadPoolExecutor(threads, thread_name_prefix="hardy")
+            everyone_started = threading.Barrier(threads)
+
+            def start() -> None:
+                torch.set_num_threads(1)
+                everyone_started.wait()
+
+            for future in [self._executor.submit(start) for _ in range(threads)]:
+                future.result()
+            # Part of a worker's setting is global to the process (MKL), so the caller's own is set last.
+            torch.set_num_threads(threads)
+
+    def map(self, function: Callable[[int], Result], count: int) -> Sequence[Result]:
+        """``[function(0), ..., function(count - 1)]``, in order; an exception of any of them is raised here."""
+        if self._executor is None or count == 1:
+            return [function(index) for index in range(count)]
+        return list(self._executor.map(function, range(count)))
+
+
+_pool = WorkerPool(1)
+
+
+def set_threads(threads: int) -> None:
+    """Use ``threads`` threads from now on, for the recurrent kernels and for PyTorch's own operations.
+
+    Raises:
+        ValueError: ``threads`` is below 1.
+    """
+    global _pool
+    if threads < 1:
+        raise ValueError(f"threads = {threads}: must be at least 1")
+    torch.set_num_threads(threads)
+    if threads != _pool.threads:
+        _pool = WorkerPool(threads)
+
+
+def pool() -> WorkerPool:
+    """The process's worker pool."""
+    return _pool

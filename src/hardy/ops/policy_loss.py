@@ -1,0 +1,94 @@
+"""The clipped policy loss of PPO and the measures that belong to it."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hardy.population import member_mean, per_member
+
+_MAX_LOG_RATIO = 50.0
+"""Far beyond any meaningful ratio; keeps exp finite in float32, for 0 · inf in the clipped branch's gradient is NaN."""
+
+
+def _ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
+    return (log_prob - old_log_prob).clamp(max=_MAX_LOG_RATIO).exp()
+
+
+def clipped_surrogate(
+    log_prob: Float[Tensor, "P *batch"],
+    old_log_prob: Float[Tensor, "P *batch"],
+    advantage: Float[Tensor, "P *batch"],
+    clip_range: Float[Tensor, "P"],
+) -> Float[Tensor, "P *batch"]:
+    """Negative clipped surrogate objective, elementwise (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
+
+    With the ratio ``r = exp(log_prob − old_log_prob)``: ``−min(r·A, clip(r, 1 − clip_range, 1 + clip_range)·A)``.
+    """
+    ratio = _ratio(log_prob, old_log_prob)
+    clip = per_member(clip_range, ratio.ndim)
+    clipped = torch.minimum(torch.maximum(ratio, 1 - clip), 1 + clip)
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+@torch.no_grad()
+def approx_kl(log_prob: Float[Tensor, "P *batch"], old_log_prob: Float[Tensor, "P *batch"]) -> Float[Tensor, "P *batch"]:
+    """Elementwise estimate ``(r − 1) − log r ≥ 0`` in nats, whose mean over the old policy's actions is KL(old ‖ new).
+
+    Unbiased, with a smaller variance than ``−log r``: the k3 estimator (Schulman 2020, "Approximating KL Divergence").
+    """
+    log_ratio = (log_prob - old_log_prob).clamp(max=_MAX_LOG_RATIO)
+    # In rounding, expm1(x) − x can fall a hair below 0.
+    return (log_ratio.expm1() - log_ratio).clamp(min=0)
+
+
+@torch.no_grad()
+def clip_fraction(
+    log_prob: Float[Tensor, "P *batch"],
+    old_log_prob: Float[Tensor, "P *batch"],
+    clip_range: Float[Tensor, "P"],
+    valid: Bool[Tensor, "P *batch"] | None = None,
+) -> Float[Tensor, "P"]:
+    """Fraction of each member's valid entries whose ratio lies outside ``1 ± clip_range``."""
+    distance = (_ratio(log_prob, old_log_prob) - 1).abs()
+    return member_mean((distance > per_member(clip_range, distance.ndim)).to(log_prob.dtype), valid)
+
+
+@torch.no_grad()
+def normalize_advantage(
+    advantage: Float[Tensor, "P *batch"], valid: Bool[Tensor, "P *batch"], epsilon: float = 1e-8
+) -> Float[Tensor, "P *batch"]:
+    """Each member's advantages shifted to mean 0 and scaled to standard deviation 1 over its valid entries.
+
+    The standard deviation divides by the number of entries, so a single valid entry, like equal entries, becomes 0.
+    Entries that are not valid become 0.
+
+    Args:
+        advantage: in any units; the result has none.
+        valid: entries that count.
+        epsilon: added to the standard deviation.
+    """
+    wide = advantage.double()  # equal float32 values then have a mean without rounding, hence no spurious spread
+    centred = wide - per_member(member_mean(wide, valid), wide.ndim)
+    deviation = member_mean(centred.square(), valid).sqrt()
+    scaled = centred / (per_member(deviation, wide.ndim) + epsilon)
+    return torch.where(valid, scaled, 0.0).to(advantage.dtype)
+
+
+@torch.no_grad()
+def explained_variance(
+    value: Float[Tensor, "P *batch"], returns: Float[Tensor, "P *batch"], valid: Bool[Tensor, "P *batch"]
+) -> Float[Tensor, "P"]:
+    """``1 − Var(returns − value) / Var(returns)`` of each member over its valid entries.
+
+    1 is a perfect critic, 0 one no better than a constant, below 0 worse. NaN where the returns do not vary: undefined.
+    """
+    spread = _variance(returns.double(), valid)
+    unexplained = _variance(returns.double() - value.double(), valid)
+    return torch.where(spread > 0, 1 - unexplained / spread, torch.nan).to(value.dtype)
+
+
+def _variance(value: Tensor, valid: Tensor) -> Tensor:
+    centred = value - per_member(member_mean(value, valid), value.ndim)
+    return member_mean(centred.square(), valid)

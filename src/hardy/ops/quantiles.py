@@ -1,0 +1,87 @@
+"""Distributions as N equally weighted quantiles: the loss that fits them, their mean and their tail."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hardy.population import per_member
+
+
+def quantile_midpoints(
+    count: int, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Float[Tensor, "Q"]:
+    """The levels ``τ_i = (i + ½) / count`` whose quantiles lie closest to a distribution (Dabney et al. 2018, lemma 2).
+
+    Raises:
+        ValueError: ``count`` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"count = {count}: a distribution needs at least 1 quantile")
+    return (torch.arange(count, dtype=dtype, device=device) + 0.5) / count
+
+
+def quantile_huber_loss(
+    quantiles: Float[Tensor, "P *batch Q"], target: Float[Tensor, "P ..."], kappa: float | Float[Tensor, "P"]
+) -> Float[Tensor, "P *batch"]:
+    """Quantile Huber loss (Dabney et al. 2018, "Distributional RL with Quantile Regression", eq. 10).
+
+    With ``u = target − quantile``, the loss of one pair is ``|τ − 1{u < 0}| · Huber_κ(u) / κ``; as κ goes to 0 it becomes
+    the pure quantile loss ``|τ − 1{u < 0}| · |u|``, which is what κ = 0 gives.
+
+    The mean is taken over the targets *and* over the quantiles, so that the size of the loss, and with it the meaning of a
+    value coefficient, does not grow with the number of quantiles.
+
+    Args:
+        quantiles: the prediction; quantile i is fitted to level ``(i + ½) / Q``.
+        target: one target ``[P, *batch]`` or K samples or quantiles of the target distribution ``[P, *batch, K]``.
+        kappa: width of the quadratic zone in the units of ``quantiles``, a number or one for each member, at least 0.
+
+    Raises:
+        ValueError: the shape of ``target`` does not fit.
+    """
+    if target.shape == quantiles.shape[:-1]:
+        target = target.unsqueeze(-1)
+    elif target.shape[:-1] != quantiles.shape[:-1]:
+        batch = tuple(quantiles.shape[:-1])
+        raise ValueError(f"target has shape {tuple(target.shape)}: allowed are {batch} and {(*batch, 'K')}")
+    error = target.unsqueeze(-1) - quantiles.unsqueeze(-2)
+    tau = quantile_midpoints(quantiles.shape[-1], dtype=quantiles.dtype, device=quantiles.device)
+    weight = torch.where(error < 0, 1 - tau, tau)
+    return (weight * _scaled_huber(error, kappa)).mean((-2, -1))
+
+
+def _scaled_huber(error: Tensor, kappa: float | Tensor) -> Tensor:
+    """``Huber_κ(error) / κ``, and its limit ``|error|`` at κ = 0."""
+    size = error.abs()
+    width = torch.as_tensor(kappa, dtype=error.dtype, device=error.device)
+    if width.ndim == 1:
+        width = per_member(width, error.ndim)
+    inside = torch.minimum(size, width)
+    positive = width > 0
+    return torch.where(positive, inside * (size - 0.5 * inside) / torch.where(positive, width, 1.0), size)
+
+
+def mean(quantiles: Float[Tensor, "P *batch Q"]) -> Float[Tensor, "P *batch"]:
+    """Mean of the distribution, in the units of the quantiles."""
+    return quantiles.mean(-1)
+
+
+def cvar(quantiles: Float[Tensor, "P *batch Q"], alpha: Float[Tensor, "P"]) -> Float[Tensor, "P *batch"]:
+    """Conditional value at risk: the mean of the worst (lowest) fraction ``alpha`` of the distribution.
+
+    The tail's last quantile counts with the fraction that reaches into the tail (Acerbi & Tasche 2002, def. 2.6), so the
+    result is exact for a piecewise-constant quantile function at any ``alpha``. Quantiles that cross are sorted first.
+
+    Args:
+        quantiles: equally weighted quantiles, in any order.
+        alpha: tail of each member in (0, 1]: 1 gives the mean, and towards 0 the lowest quantile. A number outside acts as
+            the nearer end.
+    """
+    count = quantiles.shape[-1]
+    tail = (alpha * count).clamp(min=torch.finfo(alpha.dtype).tiny, max=count)
+    position = torch.arange(count, dtype=quantiles.dtype, device=quantiles.device)
+    weight = (tail[:, None] - position).clamp(0, 1) / tail[:, None]
+    ordered = quantiles.sort(-1).values
+    return (ordered * weight.reshape(-1, *([1] * (quantiles.ndim - 2)), count)).sum(-1)

@@ -1,0 +1,54 @@
+"""Advantages and returns."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hardy.population import per_member
+
+
+@torch.no_grad()
+def gae(
+    reward: Float[Tensor, "P T E"],
+    terminated: Bool[Tensor, "P T E"],
+    truncated: Bool[Tensor, "P T E"],
+    valid: Bool[Tensor, "P T E"],
+    value: Float[Tensor, "P T E"],
+    next_value: Float[Tensor, "P T E"],
+    gamma: Float[Tensor, "P"],
+    gae_lambda: Float[Tensor, "P"],
+) -> tuple[Float[Tensor, "P T E"], Float[Tensor, "P T E"]]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16), cut where an episode ends.
+
+    With ``δ_t = r_t + γ V'_t − V_t``, where ``V'_t`` is ``next_value[t]`` or 0 at a termination::
+
+        A_t = δ_t + γ λ A_{t+1}    while the episode goes on into t+1, else A_t = δ_t
+
+    Args:
+        reward: reward of the transition out of t.
+        terminated: the transition out of t ended in a terminal state, whose value is 0 by definition.
+        truncated: the transition out of t was the last of its episode for another reason.
+        valid: False where a row is no transition of an episode (the reset step of NEXT_STEP autoreset).
+        value: V(obs[t]).
+        next_value: value of the state that followed the action: V(obs[t+1]) inside an episode, V(final observation) with
+            the old episode's memory at a truncation, V(last observation) at the last step. Ignored at a termination.
+        gamma: discount of each member.
+        gae_lambda: λ of each member.
+
+    Returns:
+        advantage and returns (``advantage + value``), in the units of ``value`` and without gradient. Where not ``valid``,
+        the advantage is 0 and the return is ``value``. NaN in entries that do not count reaches no other entry.
+    """
+    zero = torch.zeros_like(value)
+    bootstrap = torch.where(terminated, zero, next_value)
+    delta = torch.where(valid, reward + per_member(gamma, 3) * bootstrap - value, zero)
+    continues = (valid & ~(terminated | truncated)).unbind(1)
+    decay = (gamma * gae_lambda)[:, None]
+    advantage = torch.empty_like(delta)
+    following = zero[:, 0]
+    for t in reversed(range(delta.shape[1])):
+        following = delta[:, t] + torch.where(continues[t], decay * following, zero[:, 0])
+        advantage[:, t] = following
+    return advantage, advantage + value

@@ -1,0 +1,198 @@
+"""UPGD and VGS over a population: one chain, every tensor stacked, every hyperparameter per member."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hardy.config import nearest
+from hardy.optim import vgs as variance
+from hardy.optim.noise import standard_normal_like
+from hardy.optim.settings import OptimizerSettings, VGSSettings
+from hardy.optim.transforms import Step, TensorOptions, chain, clip_by_member_norm, descend, scale, stateless
+from hardy.optim.upgd import UPGDState, perturb, upgd
+from hardy.population import MemberGenerators, leaves, nested, training_state
+
+FIXED_NOISE_WARNING = (
+    "adaptive_noise=False with VGS on: VGS scales the update but not noise of fixed sigma, so the noise-to-signal ratio grows "
+    "by up to 1/min_scale; use adaptive_noise=True, sigma=0, or switch VGS off"
+)
+_OPTIMIZER_NUMBERS = ("lr", "weight_decay", "beta_utility", "sigma", "max_grad_norm", "step_factor")
+_ADAM_NUMBERS = ("beta1", "beta2", "eps")
+_VGS_NUMBERS = ("alpha", "min_scale", "beta", "signal_floor")
+
+
+@training_state
+class OptimizerState:
+    """State of a `PopulationOptimizer`; ``vgs`` is None where VGS is off."""
+
+    upgd: UPGDState = nested()
+    vgs: variance.VGSState | None = nested()
+
+
+class PopulationOptimizer:
+    """The update rule of a population's parameters.
+
+    Args:
+        shapes: the parameters' names and shapes ``[P, ...]``.
+        settings: of the optimizer; its tunable numbers are only defaults, `step_` reads ``hyper``.
+        vgs: of the variance gradient scaler.
+
+    Raises:
+        ValueError: ``shapes`` is empty or its tensors disagree on P, or ``settings.overrides`` names a prefix that no
+            parameter has.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], settings: OptimizerSettings, vgs: VGSSettings) -> None:
+        sizes = {shape[0] for shape in shapes.values()}
+        if len(sizes) != 1:
+            listed = {name: tuple(shape) for name, shape in shapes.items()}
+            raise ValueError(f"shapes = {listed}: there must be some, and all must start with the same P")
+        self.size = sizes.pop()
+        self.names = list(shapes)
+        self.settings, self.vgs = settings, vgs
+        self.options = _tensor_options(self.names, settings)
+        self._numbers = [f"optimizer.{name}" for name in _OPTIMIZER_NUMBERS]
+        if settings.name == "AdaptiveUPGD":
+            self._numbers += [f"optimizer.{name}" for name in _ADAM_NUMBERS]
+        after = (stateless(clip_by_member_norm), upgd(settings.name), stateless(scale), stateless(perturb), stateless(descend))
+        self._chain = chain(*after)
+        if vgs.enabled:
+            self._numbers += [f"vgs.{name}" for name in _VGS_NUMBERS]
+            scopes = variance.Scopes(self.names, vgs.scope)
+            self._chain = chain(variance.measure(scopes, vgs.warmup_steps, vgs.estimator), *after)
+            if settings.sigma > 0 and not settings.adaptive_noise:
+                warnings.warn(FIXED_NOISE_WARNING, UserWarning, stacklevel=2)
+
+    def init(self, parameters: Mapping[str, Tensor]) -> OptimizerState:
+        """A fresh state for parameters ``[P, ...]``.
+
+        Raises:
+            ValueError: names or P are not those given to the constructor.
+        """
+        if list(parameters) != self.names or any(p.shape[0] != self.size for p in parameters.values()):
+            raise ValueError(f"parameters = {list(parameters)}: must be {self.names}, in this order, with P = {self.size}")
+        states = self._chain.init({name: parameter.detach() for name, parameter in parameters.items()})
+        return OptimizerState(states[-4], states[0] if self.vgs.enabled else None)
+
+    @torch.no_grad()
+    def observe_microbatch(self, gradients: Mapping[str, Tensor], state: OptimizerState) -> None:
+        """Record one microbatch's contribution ``[P, ...]`` to the next `step_`'s gradient, for the ``microbatch`` estimator.
+
+        The gradient given to `step_` is the sum of the contributions.
+
+        Raises:
+            RuntimeError: VGS is off or has another estimator.
+        """
+        if state.vgs is None or self.vgs.estimator != "microbatch":
+            raise RuntimeError("observe_microbatch() needs vgs.enabled = true and vgs.estimator = 'microbatch'")
+        names = [name for name in self.names if name in gradients]
+        variance.observe_microbatch_(state.vgs, [gradients[name] for name in names], self._columns(names, state))
+
+    @torch.no_grad()
+    def step_(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        state: OptimizerState,
+        hyper: Mapping[str, Float[Tensor, "P"]],
+        noise: MemberGenerators,
+        active: Bool[Tensor, "P"],
+    ) -> dict[str, Float[Tensor, "P"]]:
+        """Update parameters and state in place; a parameter without a gradient is left alone, its state too.
+
+        Args:
+            parameters: ``[P, ...]`` each.
+            gradients: raw gradients of the loss summed over P, ``[P, ...]`` each.
+            state: from `init`.
+            hyper: dotted path of each tunable number to ``[P]``, schedules already multiplied in.
+            noise: the members' generators; a member with ``sigma`` 0 draws nothing.
+            active: members to update. The others keep parameters and state bit for bit and draw nothing, whatever their
+                gradient holds; only the contributions recorded by `observe_microbatch` are discarded for all.
+
+        Returns:
+            Diagnostics, ``[P]`` each: ``train/grad_norm`` (raw), ``upgd/utility_max``, ``upgd/noise_to_signal``, and with VGS
+            ``vgs/scaling_factor`` and ``vgs/normalized_variance``, the mean over scopes and ``…/scope`` for each.
+
+        Raises:
+            KeyError: ``hyper`` lacks a number.
+        """
+        names = [name for name in self.names if name in gradients]
+        if not names:
+            return {}
+        missing = [name for name in self._numbers if name not in hyper]
+        if missing:
+            raise KeyError(f"hyper lacks {missing}")
+        numbers = self._hyper_columns(hyper)
+        draw = active & (hyper["optimizer.sigma"] > 0)
+        step = Step(
+            names,
+            [parameters[name].detach() for name in names],
+            [gradients[name] for name in names],
+            numbers,
+            self.options if len(names) == len(self.names) else [self.options[self.names.index(name)] for name in names],
+            lambda tensors: standard_normal_like(tensors, lambda buffer: noise.normal_(buffer, draw)),
+            self._columns(names, state),
+        )
+        states: tuple[Any, ...] = (None, state.upgd, None, None, None)
+        with _preserved(~active, step.weights, state):
+            self._chain.update(step, states if state.vgs is None else (state.vgs, *states))
+        if state.vgs is not None:
+            state.vgs.microbatches.zero_()
+            state.vgs.microbatch_squares.zero_()
+        return {name: value.to(hyper["optimizer.lr"].dtype) for name, value in step.metrics.items()}
+
+    def _hyper_columns(self, hyper: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        stacked = torch.stack([hyper[name] for name in self._numbers]).double()[:, :, None]
+        numbers = dict(zip((name.removeprefix("optimizer.") for name in self._numbers), stacked, strict=True))
+        decay = numbers.pop("weight_decay")
+        numbers["coupled_decay" if self.settings.name == "UPGD" else "decoupled_decay"] = decay
+        return numbers
+
+    def _columns(self, names: Sequence[str], state: OptimizerState) -> Tensor | None:
+        if len(names) == len(self.names):
+            return None
+        return torch.tensor([self.names.index(name) for name in names], device=state.upgd.step.device)
+
+
+@contextmanager
+def _preserved(members: Bool[Tensor, "P"], weights: Sequence[Tensor], state: OptimizerState) -> Iterator[None]:
+    """Put these members' rows of weights and state back afterwards, bit for bit."""
+    rows = members.nonzero().squeeze(1)
+    if not rows.numel():
+        yield
+        return
+    tensors = [*weights, *(leaf.tensor for leaf in leaves(state))]
+    saved = [tensor[rows] for tensor in tensors]
+    yield
+    for tensor, before in zip(tensors, saved, strict=True):
+        tensor[rows] = before
+
+
+def _tensor_options(names: Sequence[str], settings: OptimizerSettings) -> list[TensorOptions]:
+    """Each tensor's options: the optimizer's, replaced by those of its prefixes, the longest last.
+
+    Raises:
+        ValueError: a prefix that no name has.
+    """
+    prefixes = {name: [".".join(name.split(".")[: depth + 1]) for depth in range(name.count(".") + 1)] for name in names}
+    existing = sorted({prefix for listed in prefixes.values() for prefix in listed})
+    for prefix in settings.overrides:
+        if prefix not in existing:
+            known = ", ".join(existing) + nearest(prefix, existing)
+            raise ValueError(f"optimizer.overrides: no parameter has the prefix {prefix!r}; prefixes are {known}")
+    options = []
+    for name in names:
+        option = TensorOptions(settings.gating, settings.protecting, settings.adaptive_noise)
+        for prefix in prefixes[name]:
+            override = settings.overrides.get(prefix)
+            if override is not None:
+                option = option._replace(**override.model_dump(exclude_none=True))
+        options.append(option)
+    return options

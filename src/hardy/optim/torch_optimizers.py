@@ -1,0 +1,310 @@
+"""UPGD as ordinary ``torch.optim`` optimizers: a model is a population of one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from hardy.optim.gradient_scaler import VarianceGradientScaler, refuse_sparse
+from hardy.optim.noise import standard_normal_like
+from hardy.optim.population_optimizer import FIXED_NOISE_WARNING
+from hardy.optim.transforms import Gating, Step, TensorOptions, chain, clip_by_member_norm, descend, scale, stateless
+from hardy.optim.upgd import OptimizerName, UPGDState, perturb, upgd
+from hardy.optim.validation import Number, require_number, require_one_of
+
+GATINGS: tuple[Gating, ...] = ("global", "local", "none")
+_LATER_DEFAULTS = {"gating": "global", "protecting": True, "step_factor": 1.0, "adaptive_noise": True}
+_RUNTIME = ("reference", "max_grad_norm", "generator", "gradient_scaler", "diagnostics")
+
+
+class _UPGDBase(Optimizer):
+    """What the three optimizers share: validation, and one step of the chain over all parameter groups together."""
+
+    _name: ClassVar[OptimizerName]
+    _reference_step_factor: ClassVar[float]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        gating: Gating,
+        protecting: bool,
+        adaptive_noise: bool | None,
+        step_factor: Number | None,
+        reference: bool,
+        max_grad_norm: Number | None,
+        generator: torch.Generator | None,
+        gradient_scaler: VarianceGradientScaler | None,
+    ) -> None:
+        if reference and adaptive_noise:
+            raise ValueError("adaptive_noise = True with reference = True: the published noise is of fixed sigma")
+        if reference and gradient_scaler is not None:
+            raise ValueError("gradient_scaler with reference = True: the published step has no scaling; drop one of them")
+        if max_grad_norm is not None:
+            require_number("max_grad_norm", max_grad_norm, gt=0)
+        if step_factor is None:
+            step_factor = self._reference_step_factor if reference else 1.0
+        self.reference = reference
+        self.max_grad_norm = max_grad_norm
+        self.generator = generator
+        self.gradient_scaler = gradient_scaler
+        self.diagnostics: dict[str, float] = {}
+        noise = not reference if adaptive_noise is None else adaptive_noise
+        options = {"gating": gating, "protecting": protecting, "adaptive_noise": noise, "step_factor": step_factor}
+        super().__init__(params, {**defaults, **options})
+        if gradient_scaler is not None:
+            gradient_scaler.attach()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it may set any number, ``gating``, ``protecting``, ``adaptive_noise`` (``sigma=0``: no noise).
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        self._validate({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in _LATER_DEFAULTS.items():
+                group.setdefault(key, self.defaults.get(key, value))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in _RUNTIME}}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the parameters that have a gradient, in place.
+
+        ``diagnostics`` then holds ``train/grad_norm`` (raw), ``upgd/utility_max``, ``upgd/noise_to_signal`` and, with a scaler,
+        ``vgs/scaling_factor`` and ``vgs/normalized_variance``.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters, groups = self._with_gradient()
+        if not parameters:
+            return loss
+        state = self._stacked_state(parameters)
+        step = Step(
+            [str(k) for k in range(len(parameters))],
+            [parameter.detach()[None] for parameter in parameters],
+            [parameter.grad.detach()[None] for parameter in parameters if parameter.grad is not None],
+            self._hyper_columns(groups, parameters[0].device),
+            [TensorOptions(g["gating"], g["protecting"], g["adaptive_noise"]) for g in groups],
+            self._standard_normal,
+        )
+        if self.gradient_scaler is not None:
+            self.gradient_scaler.measure_once()
+            step.factor = self.gradient_scaler.factors(parameters)
+        before = (stateless(clip_by_member_norm), upgd(self._name, raw_maximum=self.reference))
+        after = (stateless(scale), stateless(perturb), stateless(descend))
+        chain(*before, *after).update(step, (None, state, None, None, None))
+        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
+        self.diagnostics = {name: float(value) for name, value in step.metrics.items()}
+        if self.gradient_scaler is not None:
+            self.diagnostics["vgs/scaling_factor"] = self.gradient_scaler.scaling_factor
+            self.diagnostics["vgs/normalized_variance"] = self.gradient_scaler.normalized_variance
+        return loss
+
+    def _with_gradient(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        parameters, groups = [], []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None or not parameter.numel():
+                    continue
+                refuse_sparse(parameter.grad, type(self).__name__)
+                parameters.append(parameter)
+                groups.append(group)
+        return parameters, groups
+
+    def _stacked_state(self, parameters: list[Tensor]) -> UPGDState:
+        moments = ("utility", "first_moment", "second_moment") if self._name == "AdaptiveUPGD" else ("utility",)
+        for parameter in parameters:
+            own = self.state[parameter]
+            if not own:
+                own["step"] = torch.zeros((), dtype=torch.float32)
+                own.update({name: torch.zeros_like(parameter) for name in moments})
+        steps = torch.stack([self.state[parameter]["step"] for parameter in parameters])[None]
+        stacked = {name: {str(k): self.state[p][name][None] for k, p in enumerate(parameters)} for name in moments}
+        return UPGDState(
+            steps.to(parameters[0].device, torch.int64),
+            stacked["utility"],
+            stacked.get("first_moment", {}),
+            stacked.get("second_moment", {}),
+        )
+
+    def _hyper_columns(self, groups: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
+        names = ["lr", "weight_decay", "beta_utility", "sigma", "step_factor"]
+        if self._name == "AdaptiveUPGD":
+            names += ["beta1", "beta2", "eps"]
+        rows = torch.tensor([[float(group[name]) for group in groups] for name in names], dtype=torch.float64).to(device)
+        numbers = dict(zip(names, rows[:, None], strict=True))
+        coupled = self._name == "UPGD" and not self.reference
+        numbers["coupled_decay" if coupled else "decoupled_decay"] = numbers.pop("weight_decay")
+        if self.max_grad_norm is not None:
+            numbers["max_grad_norm"] = torch.full((1, 1), self.max_grad_norm, dtype=torch.float64, device=device)
+        return numbers
+
+    def _standard_normal(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return standard_normal_like(list(tensors), lambda buffer: buffer.normal_(generator=self.generator))
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr = {lr!r}: a tensor lr must have one element")
+        require_number("lr", float(lr) if isinstance(lr, Tensor) else lr, ge=0)
+        for name in ("weight_decay", "sigma"):
+            require_number(name, group[name], ge=0)
+        require_number("step_factor", group["step_factor"], gt=0)
+        for name in ("beta_utility", "beta1", "beta2"):
+            if name in group:
+                require_number(name, group[name], ge=0, lt=1)
+        if "eps" in group:
+            require_number("eps", group["eps"], gt=0)
+        require_one_of("gating", group["gating"], GATINGS)
+        if self.reference and group["adaptive_noise"]:
+            raise ValueError("adaptive_noise = True in a group, reference = True: the published noise is of fixed sigma")
+        if self.gradient_scaler is not None and not group["adaptive_noise"] and group["sigma"] > 0:
+            warnings.warn(FIXED_NOISE_WARNING, UserWarning, stacklevel=4)
+
+
+class UPGD(_UPGDBase):
+    """Utility-based perturbed gradient descent with weight decay coupled into the gradient (as ``torch.optim.Adam`` has it).
+
+    ``w ← w − lr·gate·(s·(g + weight_decay·w) + noise)``, gate = 1 − sigmoid(U/η), s the factor of ``gradient_scaler``; see
+    `hardy.optim.upgd` and Elsayed & Mahmood (ICLR 2024), Algorithm 1.
+
+    Args:
+        params: parameters or groups; a group may override every number, ``gating``, ``protecting``, ``adaptive_noise``.
+        lr: learning rate, a number or a tensor of one element.
+        weight_decay: decay λ.
+        beta_utility: decay of the average utility.
+        sigma: if adaptive, noise-to-signal ratio of the update; else the noise's standard deviation before the gate, in units
+            of the update before lr.
+        adaptive_noise: noise relative to the update it is added to; None means True, or False with ``reference``.
+        gating: ``global`` (η over all globally gated weights), ``local`` (unit norm along the last axis) or ``none``.
+        protecting: gate the update as well as the noise.
+        step_factor: in front of the gate; None means 1, or with ``reference`` what the published code has (2, `UPGDW` 1).
+        reference: the published code step by step: η the raw, unguarded maximum against corrected utilities, noise of fixed
+            sigma, decay decoupled.
+        max_grad_norm: clip all gradients together, after they are measured; None for no clip.
+        generator: CPU generator of the noise, one flat draw a step over the parameters in order; None for torch's default.
+        gradient_scaler: `VarianceGradientScaler` that this optimizer measures and applies in ``step()``.
+
+    Raises:
+        ValueError: a value outside its range, or ``reference`` with ``adaptive_noise=True`` or with ``gradient_scaler``.
+    """
+
+    _name: ClassVar[OptimizerName] = "UPGD"
+    _reference_step_factor = 2.0
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number | Tensor = 1e-5,
+        weight_decay: Number = 0.001,
+        beta_utility: Number = 0.999,
+        sigma: Number = 0.001,
+        adaptive_noise: bool | None = None,
+        *,
+        gating: Gating = "global",
+        protecting: bool = True,
+        step_factor: Number | None = None,
+        reference: bool = False,
+        max_grad_norm: Number | None = None,
+        generator: torch.Generator | None = None,
+        gradient_scaler: VarianceGradientScaler | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "weight_decay": weight_decay, "beta_utility": beta_utility, "sigma": sigma},
+            gating=gating,
+            protecting=protecting,
+            adaptive_noise=adaptive_noise,
+            step_factor=step_factor,
+            reference=reference,
+            max_grad_norm=max_grad_norm,
+            generator=generator,
+            gradient_scaler=gradient_scaler,
+        )
+
+
+class UPGDW(UPGD):
+    """`UPGD` with decoupled weight decay: ``w ← (1 − lr·weight_decay)·w − lr·gate·(s·g + noise)``, the paper's UPGD-W."""
+
+    _name: ClassVar[OptimizerName] = "UPGDW"
+    _reference_step_factor = 1.0
+
+
+class AdaptiveUPGD(_UPGDBase):
+    """UPGD on Adam's preconditioned update, decay decoupled (Elsayed & Mahmood, ICLR 2024, Algorithm 5).
+
+    ``w ← (1 − lr·weight_decay)·w − lr·gate·(s·m̂/(√v̂ + eps) + noise)``. The factor s of ``gradient_scaler`` acts on the
+    preconditioned update, where it does not cancel, and ``sigma`` is in units of that update. With ``reference`` the step
+    factor is 2, as in the authors' PPO optimizer; the paper has 1.
+
+    Args:
+        beta1: decay of the average gradient.
+        beta2: decay of the average squared gradient.
+        eps: added to √v̂.
+
+    The other arguments and errors are those of `UPGD`.
+    """
+
+    _name: ClassVar[OptimizerName] = "AdaptiveUPGD"
+    _reference_step_factor = 2.0
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number | Tensor = 1e-5,
+        weight_decay: Number = 0.001,
+        beta_utility: Number = 0.999,
+        sigma: Number = 0.001,
+        adaptive_noise: bool | None = None,
+        *,
+        beta1: Number = 0.9,
+        beta2: Number = 0.999,
+        eps: Number = 1e-5,
+        gating: Gating = "global",
+        protecting: bool = True,
+        step_factor: Number | None = None,
+        reference: bool = False,
+        max_grad_norm: Number | None = None,
+        generator: torch.Generator | None = None,
+        gradient_scaler: VarianceGradientScaler | None = None,
+    ) -> None:
+        numbers = {"lr": lr, "weight_decay": weight_decay, "beta_utility": beta_utility, "sigma": sigma}
+        super().__init__(
+            params,
+            {**numbers, "beta1": beta1, "beta2": beta2, "eps": eps},
+            gating=gating,
+            protecting=protecting,
+            adaptive_noise=adaptive_noise,
+            step_factor=step_factor,
+            reference=reference,
+            max_grad_norm=max_grad_norm,
+            generator=generator,
+            gradient_scaler=gradient_scaler,
+        )

@@ -1,0 +1,50 @@
+"""Checks of the arguments that people type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from hardy.config import nearest
+
+Number: TypeAlias = float | int
+"""A number that may be written without a decimal point; run-time checks tell an int from a float."""
+
+
+def require_one_of(argument: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not among those allowed, naming the nearest one.
+
+    Raises:
+        ValueError: as said.
+    """
+    if value in allowed:
+        return
+    raise ValueError(f"{argument} = {value!r}: allowed are {', '.join(allowed)}{nearest(str(value), allowed)}")
+
+
+def require_number(
+    argument: str,
+    value: object,
+    *,
+    gt: Number | None = None,
+    ge: Number | None = None,
+    lt: Number | None = None,
+    le: Number | None = None,
+) -> None:
+    """Refuse what is no finite number inside the bounds.
+
+    Raises:
+        ValueError: as said.
+    """
+    bounds = [f"{sign} {bound}" for sign, bound in ((">", gt), (">=", ge), ("<", lt), ("<=", le)) if bound is not None]
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    inside = (
+        math.isfinite(number)
+        and (gt is None or number > gt)
+        and (ge is None or number >= ge)
+        and (lt is None or number < lt)
+        and (le is None or number <= le)
+    )
+    if not inside:
+        raise ValueError(f"{argument} = {value!r}: must be a finite number {' and '.join(bounds)}".rstrip())

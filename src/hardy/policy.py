@@ -1,0 +1,217 @@
+"""The recurrent actor-critic of a whole population."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from hardy.config import Settings
+from hardy.nn.distributions import ActionDistribution, action_noise, distribution_head_size, make_distribution
+from hardy.nn.linear import Activation, StackedLinear, StackedMLP
+from hardy.nn.recurrent import StackedRecurrent
+from hardy.population import MemberGenerators
+
+ACTION_GAIN = 0.01
+"""The first policy is nearly uniform, so that early exploration does not depend on the draw of the weights."""
+
+
+class PolicySettings(Settings):
+    """Shape of the actor-critic; structure, shared by all members."""
+
+    memory: Literal["none", "lstm", "gru"] = "lstm"
+    memory_size: int = Field(64, ge=1)
+    memory_layers: int = Field(1, ge=1)
+    shared_memory: bool = True
+    """One encoder and memory for actor and critic, or one each."""
+    encoder: tuple[Annotated[int, Field(ge=1)], ...] = (64,)
+    """Widths of the layers before the memory."""
+    head: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Widths of the layers between the memory and each output."""
+    activation: Activation = "tanh"
+    layer_norm: bool = False
+    log_std_init: float = 0.0
+    """Start of the logarithm of the standard deviation of continuous actions."""
+
+
+class CriticSettings(Settings):
+    """The distributional value head (QR-DQN, Dabney et al. 2018, applied to the state value)."""
+
+    quantiles: int = Field(32, ge=1)
+    huber_threshold: float = Field(1.0, ge=0)
+    """kappa of the quantile Huber loss, in units of the scaled return; 0 is the plain quantile loss."""
+
+
+class Trunk(nn.Module):
+    """Encoder and memory: observations to features."""
+
+    def __init__(self, input_size: int, settings: PolicySettings, generators: Sequence[torch.Generator]) -> None:
+        super().__init__()
+        self.encoder = StackedMLP(input_size, settings.encoder, generators, settings.activation, settings.layer_norm)
+        self.memory = (
+            None
+            if settings.memory == "none"
+            else StackedRecurrent(
+                settings.memory, self.encoder.output_size, settings.memory_size, settings.memory_layers, generators
+            )
+        )
+        self.output_size = self.encoder.output_size if self.memory is None else settings.memory_size
+        self.state_size = 0 if self.memory is None else self.memory.state_size
+
+    def step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One time step: ``obs [P, E, O]``, ``state [P, E, S]``."""
+        features = self.encoder(obs)
+        return (features, state) if self.memory is None else self.memory.step(features, state)
+
+    def forward(self, obs: Tensor, state: Tensor, is_first: Tensor) -> Tensor:
+        """A sequence: ``obs [P, T, E, O]`` to features ``[P, T, E, H]``."""
+        features: Tensor = self.encoder(obs)
+        return features if self.memory is None else self.memory(features, state, is_first)
+
+
+class Branch(nn.Module):
+    """Actor or critic: a trunk of its own unless it is shared, hidden layers, the output layer."""
+
+    def __init__(
+        self, trunk: Trunk | None, input_size: int, output_size: int, gain: float, settings: PolicySettings,
+        generators: Sequence[torch.Generator],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.trunk = trunk
+        self.head = StackedMLP(input_size, settings.head, generators, settings.activation, settings.layer_norm)
+        self.output = StackedLinear(self.head.output_size, output_size, generators, gain)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features ``[P, ..., H]`` to outputs ``[P, ..., O]``."""
+        outputs: Tensor = self.output(self.head(features))
+        return outputs
+
+
+class ActorCritic(nn.Module):
+    """Actor-critics of ``len(seeds)`` members. The names of its parameters begin with ``core``, ``actor`` or ``critic``.
+
+    Args:
+        observation_space: a ``Box``; observations are flattened.
+        action_space: a ``Discrete`` or a ``Box``.
+        seeds: one seed per member; a member's initial weights depend on its own seed only.
+    """
+
+    def __init__(
+        self,
+        observation_space: gymnasium.Space[Any],
+        action_space: gymnasium.Space[Any],
+        settings: PolicySettings,
+        critic: CriticSettings,
+        seeds: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.action_space = action_space
+        self.observation_size = math.prod(observation_space.shape or ())
+        generators = MemberGenerators(seeds, "init").generators
+        trunks = [Trunk(self.observation_size, settings, generators) for _ in range(1 if settings.shared_memory else 2)]
+        self.core = trunks[0] if settings.shared_memory else None
+        self._own_trunks = tuple(trunks)
+        """Actor's and critic's, where they do not share; registered as theirs."""
+        own = [None, None] if settings.shared_memory else trunks
+        self.state_sizes = [trunk.state_size for trunk in trunks]
+        self.state_size = sum(self.state_sizes)
+        features = trunks[0].output_size
+        actions = distribution_head_size(action_space)
+        self.actor = Branch(own[0], features, actions, ACTION_GAIN, settings, generators)
+        self.critic = Branch(own[1], features, critic.quantiles, 1.0, settings, generators)
+        if isinstance(action_space, gymnasium.spaces.Box):
+            self.actor.log_std = nn.Parameter(torch.full((len(seeds), actions), settings.log_std_init))
+
+    def initial_state(self, members: int, envs: int) -> Float[Tensor, "P E S"]:
+        """The state at the start of an episode: zeros."""
+        return self.actor.output.weight.new_zeros(members, envs, self.state_size)
+
+    def step(
+        self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
+    ) -> tuple[ActionDistribution, Float[Tensor, "P E Q"], Float[Tensor, "P E S"]]:
+        """One time step, the state reset first where ``is_first``.
+
+        Returns:
+            The action distribution, the quantiles of the return, and the state after this step.
+        """
+        state = torch.where(is_first.unsqueeze(-1), torch.zeros_like(state), state)
+        if self.core is not None:
+            actor_features, state = self.core.step(obs, state)
+            critic_features = actor_features
+        else:
+            actor_state, critic_state = state.split(self.state_sizes, dim=-1)
+            actor_features, actor_state = self._own_trunks[0].step(obs, actor_state)
+            critic_features, critic_state = self._own_trunks[1].step(obs, critic_state)
+            state = torch.cat([actor_state, critic_state], dim=-1)
+        return self._distribution(self.actor(actor_features)), self.critic(critic_features), state
+
+    def forward(
+        self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
+    ) -> tuple[ActionDistribution, Float[Tensor, "P T E Q"]]:
+        """Whole sequences from a stored state: the action distributions and the quantiles of the return."""
+        actor_features, critic_features = self.features(obs, state, is_first)
+        return self._distribution(self.actor(actor_features)), self.critic(critic_features)
+
+    def features(
+        self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
+    ) -> tuple[Float[Tensor, "P T E H"], Float[Tensor, "P T E H"]]:
+        """What the actor's and the critic's heads see; the same tensor where the memory is shared."""
+        if self.core is not None:
+            shared = self.core(obs, state, is_first)
+            return shared, shared
+        actor_state, critic_state = state.split(self.state_sizes, dim=-1)
+        actor, critic = self._own_trunks
+        return actor(obs, actor_state, is_first), critic(obs, critic_state, is_first)
+
+    def _distribution(self, outputs: Tensor) -> ActionDistribution:
+        log_std = getattr(self.actor, "log_std", None)
+        return make_distribution(self.action_space, outputs, log_std)
+
+    def draw_noise(self, generators: MemberGenerators, *batch: int) -> Float[Tensor, "P ..."]:
+        """The randomness of ``[P, *batch]`` actions, each member's from its own generator."""
+        kind, shape = action_noise(self.action_space)
+        noise = torch.empty(len(generators), *batch, *shape, dtype=self.dtype)
+        drawn = generators.uniform_(noise) if kind == "uniform" else generators.normal_(noise)
+        return drawn.to(self.device)
+
+    def flatten(self, obs: np.ndarray, members: int) -> Float[Tensor, "P E O"]:
+        """A batch of observations ``[P * E, ...]`` of the environments as ``[P, E, O]``."""
+        flat = torch.as_tensor(obs).reshape(members, -1, self.observation_size)
+        return flat.to(device=self.device, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights, and so of everything computed from them."""
+        return self.actor.output.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.actor.output.weight.device
+
+
+def describe_space(space: gymnasium.Space[Any]) -> dict[str, Any]:
+    """A ``Box`` or ``Discrete`` space in words and numbers that JSON can hold."""
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    assert isinstance(space, gymnasium.spaces.Box)  # the environments refuse everything else
+    bounds = {name: [str(bound) for bound in getattr(space, name).ravel().tolist()] for name in ("low", "high")}
+    return {"type": "Box", "shape": list(space.shape), "dtype": str(space.dtype), **bounds}
+
+
+def space_from(description: Mapping[str, Any]) -> gymnasium.Space[Any]:
+    """The space that `describe_space` described."""
+    if description["type"] == "Discrete":
+        return gymnasium.spaces.Discrete(description["n"], start=description["start"])
+    dtype = np.dtype(description["dtype"])
+    low, high = (np.array([float(bound) for bound in description[name]]).astype(dtype) for name in ("low", "high"))
+    shape = description["shape"]
+    return gymnasium.spaces.Box(low.reshape(shape), high.reshape(shape), dtype=dtype.type)

@@ -1,0 +1,258 @@
+"""Proximal policy optimisation (Schulman et al. 2017) of a whole population: the loss and the update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from hardy.config import Settings, tunable
+from hardy.ops.policy_loss import approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
+from hardy.ops.quantiles import quantile_huber_loss
+from hardy.ops.returns import gae
+from hardy.ops.schedules import ScheduleKind, schedule_factor
+from hardy.optim import OptimizerState, PopulationOptimizer
+from hardy.policy import ActorCritic
+from hardy.population import MemberGenerators, member_sum
+from hardy.rollout import Rollout
+
+Hyper = Mapping[str, Tensor]
+KL_TOLERANCE = 1.5
+"""A member stops its update once its KL exceeds this many times the target, as in Stable-Baselines3."""
+
+
+class PPOSettings(Settings):
+    """Experience per update, and how it is used."""
+
+    n_steps: int = Field(128, ge=1)
+    """Steps of each environment between two updates."""
+    n_epochs: int = Field(10, ge=1)
+    n_minibatches: int = Field(4, ge=1)
+    """Parts into which an epoch splits the environments; at most ``env.num_envs``, since sequences stay whole."""
+    gamma: float = tunable(0.99, ge=0, le=1)
+    gae_lambda: float = tunable(0.95, ge=0, le=1)
+    clip_range: float = tunable(0.2, gt=0)
+    ent_coef: float = tunable(0.0, ge=0)
+    vf_coef: float = tunable(0.5, ge=0)
+    normalize_advantage: bool = True
+    target_kl: float | None = Field(None, gt=0)
+    """A member whose KL exceeds 1.5 times this leaves the rest of the update out; ``null`` never stops."""
+    lr_schedule: ScheduleKind = "constant"
+    """Factor on ``optimizer.lr`` over the run."""
+    clip_schedule: ScheduleKind = "constant"
+    """Factor on ``ppo.clip_range`` over the run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Whole sequences of some environments of every member, with what the loss needs of them."""
+
+    obs: Float[Tensor, "P T E O"]
+    is_first: Bool[Tensor, "P T E"]
+    initial_state: Float[Tensor, "P E S"]
+    action: Tensor
+    log_prob: Float[Tensor, "P T E"]
+    advantage: Float[Tensor, "P T E"]
+    returns: Float[Tensor, "P T E"]
+    valid: Bool[Tensor, "P T E"]
+
+    def environments(self, chosen: Tensor | slice) -> Batch:
+        """The same of some environments: a slice for all members, or indices ``[P, E']`` for each."""
+
+        def select(value: Tensor, axis: int) -> Tensor:
+            if isinstance(chosen, slice):
+                return value[:, :, chosen] if axis == 2 else value[:, chosen]
+            return torch.stack([row.index_select(axis - 1, index) for row, index in zip(value, chosen, strict=True)])
+
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: select(value, 1 if name == "initial_state" else 2) for name, value in fields.items()})
+
+
+def make_batch(rollout: Rollout, hyper: Hyper, *, normalize: bool) -> Batch:
+    """Advantages and returns of a rollout, normalised per member over its valid steps if ``normalize``."""
+    advantage, returns = gae(
+        rollout.reward, rollout.terminated, rollout.truncated, rollout.valid, rollout.value, rollout.next_value,
+        hyper["ppo.gamma"], hyper["ppo.gae_lambda"],
+    )  # fmt: skip
+    if normalize:
+        advantage = normalize_advantage(advantage, rollout.valid)
+    return Batch(
+        obs=rollout.obs,
+        is_first=rollout.is_first,
+        initial_state=rollout.initial_state,
+        action=rollout.action,
+        log_prob=rollout.log_prob,
+        advantage=advantage,
+        returns=returns,
+        valid=rollout.valid,
+    )
+
+
+def loss(
+    policy: ActorCritic, batch: Batch, hyper: Hyper, steps: Float[Tensor, "P"], huber_threshold: float
+) -> tuple[Float[Tensor, "P"], dict[str, Float[Tensor, "P"]]]:
+    """PPO's loss of each member, and its parts.
+
+    ``−min(r A, clip(r) A) + vf_coef · quantile Huber loss − ent_coef · entropy`` (Schulman et al. 2017, eq. 9), averaged over
+    valid steps only.
+
+    Args:
+        steps: number of valid steps each member's sums are divided by: those of the whole minibatch, of which ``batch`` may be
+            a part, so that the losses of the parts add up to that of the whole.
+    """
+    distribution, quantiles = policy(batch.obs, batch.initial_state, batch.is_first)
+    log_prob = distribution.log_prob(batch.action)
+
+    def average(value: Tensor) -> Tensor:
+        return member_sum(value, batch.valid) / steps
+
+    policy_loss = average(clipped_surrogate(log_prob, batch.log_prob, batch.advantage, hyper["ppo.clip_range"]))
+    value_loss = average(quantile_huber_loss(quantiles, batch.returns, huber_threshold))
+    entropy = average(distribution.entropy())
+    total = policy_loss + hyper["ppo.vf_coef"] * value_loss - hyper["ppo.ent_coef"] * entropy
+    with torch.no_grad():
+        share = member_sum(batch.valid.to(steps.dtype)) / steps
+        parts = {
+            "train/policy_loss": policy_loss.detach(),
+            "train/value_loss": value_loss.detach(),
+            "train/entropy": entropy.detach(),
+            "train/approx_kl": average(approx_kl(log_prob, batch.log_prob)),
+            "train/clip_fraction": share * clip_fraction(log_prob, batch.log_prob, hyper["ppo.clip_range"], batch.valid),
+        }
+    return total, parts
+
+
+def scheduled(hyper: Hyper, settings: PPOSettings, progress: float) -> dict[str, Tensor]:
+    """The hyperparameters of this moment: schedules multiply the base, and never write to it."""
+    current = dict(hyper)
+    current["optimizer.lr"] = hyper["optimizer.lr"] * schedule_factor(settings.lr_schedule, progress)
+    current["ppo.clip_range"] = hyper["ppo.clip_range"] * schedule_factor(settings.clip_schedule, progress)
+    return current
+
+
+class PPO:
+    """The update of a population from one rollout.
+
+    Args:
+        policy: the actor-critics; its parameters are written in place.
+        optimizer: of the same parameters.
+        microbatches: parts of a minibatch whose gradients are taken one by one; more than one only for the gradient scaler's
+            microbatch estimator.
+    """
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        optimizer: PopulationOptimizer,
+        settings: PPOSettings,
+        huber_threshold: float,
+        microbatches: int,
+    ) -> None:
+        self.policy = policy
+        self.parameters = dict(policy.named_parameters())
+        self.optimizer = optimizer
+        self.settings = settings
+        self.huber_threshold = huber_threshold
+        self.microbatches = microbatches
+
+    def update(
+        self, rollout: Rollout, state: OptimizerState, hyper: Hyper, shuffle: MemberGenerators, noise: MemberGenerators
+    ) -> dict[str, Float[Tensor, "P"]]:
+        """All epochs over one rollout. Writes the parameters and ``state`` in place.
+
+        Args:
+            hyper: hyperparameters of this moment, schedules applied (see `scheduled`).
+            shuffle: generators for the order of the environments.
+            noise: generators for the optimizer's noise.
+
+        Returns:
+            Metrics, averaged over the minibatches that each member trained on.
+        """
+        whole = make_batch(rollout, hyper, normalize=self.settings.normalize_advantage)
+        members, _, envs = whole.valid.shape
+        running = whole.valid.new_ones(members)
+        totals = _Averages(members, whole.obs)
+        for _ in range(self.settings.n_epochs):
+            shuffled = whole.environments(shuffle.permutations(envs, running).to(whole.obs.device))
+            for part in _split(shuffled, self.settings.n_minibatches):
+                gradients, metrics = self._gradients(part, hyper, state)
+                running = running & self._within_target(metrics["train/approx_kl"])
+                finite = _finite(gradients)
+                trained = running & finite
+                if trained.any():
+                    metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, noise, trained)
+                totals.add(metrics, trained)
+                totals.skipped += (running & ~finite).to(totals.skipped.dtype)
+            if not running.any():
+                break
+        return {
+            **totals.mean(),
+            "train/skipped_updates": totals.skipped,
+            "train/explained_variance": explained_variance(rollout.value, whole.returns, whole.valid),
+            "train/learning_rate": hyper["optimizer.lr"],
+        }
+
+    def _within_target(self, kl: Float[Tensor, "P"]) -> Bool[Tensor, "P"]:
+        if self.settings.target_kl is None:
+            return torch.ones_like(kl, dtype=torch.bool)
+        # NaN is no reason to stop: that step is skipped, and the next minibatch may be sound.
+        return ~(kl > KL_TOLERANCE * self.settings.target_kl)
+
+    def _gradients(self, batch: Batch, hyper: Hyper, state: OptimizerState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of each member's mean loss over ``batch``, and the loss's parts."""
+        steps = member_sum(batch.valid.to(batch.obs.dtype)).clamp(min=1)
+        parts = list(_split(batch, self.microbatches))
+        gradients: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for part in parts:
+            total, measured = loss(self.policy, part, hyper, steps, self.huber_threshold)
+            # Summed over P: a mean would divide every member's gradient by the size of the population.
+            found = torch.autograd.grad(total.sum(), list(self.parameters.values()))
+            part_gradients = dict(zip(self.parameters, found, strict=True))
+            if len(parts) > 1:
+                self.optimizer.observe_microbatch(part_gradients, state)
+            gradients = _add(gradients, part_gradients)
+            metrics = _add(metrics, measured)
+        return gradients, metrics
+
+
+def _split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """``batch`` cut along its environments into parts whose sizes differ by one at most: no step is lost."""
+    envs = batch.valid.shape[2]
+    for part in range(parts):
+        yield batch.environments(slice(envs * part // parts, envs * (part + 1) // parts))
+
+
+def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: total[name] + value for name, value in more.items()} if total else dict(more)
+
+
+def _finite(gradients: Mapping[str, Tensor]) -> Bool[Tensor, "P"]:
+    """Members all of whose gradients are finite."""
+    return torch.stack([gradient.flatten(1).sum(1) for gradient in gradients.values()]).sum(0).isfinite()
+
+
+class _Averages:
+    """Mean of each metric over the minibatches that each member trained on."""
+
+    def __init__(self, members: int, like: Tensor) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = like.new_zeros(members)
+        self.skipped = like.new_zeros(members)
+
+    def add(self, metrics: Mapping[str, Tensor], trained: Bool[Tensor, "P"]) -> None:
+        self.count += trained.to(self.count.dtype)
+        for name, value in metrics.items():
+            seen = torch.where(trained, value, torch.zeros_like(value))
+            self.sums[name] = self.sums[name] + seen if name in self.sums else seen
+
+    def mean(self) -> dict[str, Any]:
+        return {
+            name: torch.where(self.count > 0, total / self.count.clamp(min=1), torch.full_like(total, torch.nan))
+            for name, total in self.sums.items()
+        }

@@ -1,0 +1,214 @@
+"""Collecting experience for the whole population, and evaluating it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hardy.envs import BatchedEnv, EnvStep
+from hardy.policy import ActorCritic
+from hardy.population import MemberGenerators, kept, reset_to, training_state
+
+RECENT_EPISODES = 100
+"""Window of the running scores, as in Gymnasium's and Stable-Baselines3's episode statistics."""
+
+Normalize = Callable[[Tensor], Tensor]
+
+
+@training_state
+class CollectorState:
+    """Where every environment of every member stands between two rollouts.
+
+    Attributes:
+        obs: ``[P, E, O]`` the next observation, as the environment gave it.
+        is_first: ``[P, E]`` the memory is reset before ``obs``.
+        recurrent: ``[P, E, S]`` the memory after the last step.
+        episode_return, episode_length: ``[P, E]`` of the running episodes.
+        recent_returns, recent_lengths: ``[P, 100]`` of the last episodes that ended, NaN where there was none yet.
+        episodes: ``[P]`` episodes ended so far.
+    """
+
+    obs: Float[Tensor, "P E O"] = kept()
+    is_first: Bool[Tensor, "P E"] = reset_to(True)
+    recurrent: Float[Tensor, "P E S"] = reset_to(0.0)
+    episode_return: Float[Tensor, "P E"] = kept()
+    episode_length: Int[Tensor, "P E"] = kept()
+    recent_returns: Float[Tensor, "P window"] = reset_to(float("nan"))
+    recent_lengths: Float[Tensor, "P window"] = reset_to(float("nan"))
+    episodes: Int[Tensor, "P"] = kept()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """``T`` steps of ``E`` environments of ``P`` members.
+
+    ``obs``, ``is_first``, ``action``, ``log_prob`` and ``value`` belong to the observation at ``t``; ``reward``,
+    ``terminated``, ``truncated``, ``valid`` and ``next_value`` to the transition out of ``t``. ``next_value`` is the value of
+    the state that the action led to: at a truncation, of the episode's final observation, with the memory of that episode.
+    """
+
+    raw_obs: Float[Tensor, "P T E O"]
+    obs: Float[Tensor, "P T E O"]
+    is_first: Bool[Tensor, "P T E"]
+    action: Tensor
+    log_prob: Float[Tensor, "P T E"]
+    value: Float[Tensor, "P T E"]
+    next_value: Float[Tensor, "P T E"]
+    reward: Float[Tensor, "P T E"]
+    terminated: Bool[Tensor, "P T E"]
+    truncated: Bool[Tensor, "P T E"]
+    valid: Bool[Tensor, "P T E"]
+    initial_state: Float[Tensor, "P E S"]
+
+
+def start(env: BatchedEnv, policy: ActorCritic, members: int) -> CollectorState:
+    """Reset every environment."""
+    obs = policy.flatten(env.reset(), members)
+    envs = obs.shape[1]
+    return CollectorState(
+        obs=obs,
+        is_first=torch.ones(members, envs, dtype=torch.bool, device=obs.device),
+        recurrent=policy.initial_state(members, envs).detach(),
+        episode_return=torch.zeros(members, envs),
+        episode_length=torch.zeros(members, envs, dtype=torch.int64),
+        recent_returns=torch.full((members, RECENT_EPISODES), float("nan")),
+        recent_lengths=torch.full((members, RECENT_EPISODES), float("nan")),
+        episodes=torch.zeros(members, dtype=torch.int64),
+    )
+
+
+def restart_(state: CollectorState, env: BatchedEnv, policy: ActorCritic) -> None:
+    """Reset every environment of a running state, in place; the scores stay."""
+    fresh = start(env, policy, state.obs.shape[0])
+    for name in ("obs", "is_first", "recurrent", "episode_return", "episode_length"):
+        getattr(state, name).copy_(getattr(fresh, name))
+
+
+def reset_memory_(state: CollectorState, where: Bool[Tensor, "P E"] | None = None) -> None:
+    """Put the memory back to the start of an episode, in place; the next step, and training on it, begin from there."""
+    chosen = torch.ones_like(state.is_first) if where is None else where
+    state.recurrent.masked_fill_(chosen.unsqueeze(-1), 0.0)
+    state.is_first.logical_or_(chosen)
+
+
+@torch.no_grad()
+def collect(
+    env: BatchedEnv, policy: ActorCritic, state: CollectorState, normalize: Normalize, noise: MemberGenerators, steps: int
+) -> Rollout:
+    """Run ``steps`` steps with the policy as it is, updating ``state`` in place.
+
+    Args:
+        normalize: the observation normaliser, frozen for the whole rollout.
+        noise: the members' generators for their actions.
+    """
+    members, envs, _ = state.obs.shape
+    block = (members, steps, envs)
+    raw_obs = state.obs.new_empty(*block, policy.observation_size)
+    is_first, terminated, truncated, valid = (state.is_first.new_empty(block) for _ in range(4))
+    log_prob, value, reward = (state.obs.new_empty(block) for _ in range(3))
+    final_value = state.obs.new_zeros(block)
+    action: list[Tensor] = []
+    action_noise = policy.draw_noise(noise, steps, envs)
+    initial_state = state.recurrent.clone()
+    recurrent = state.recurrent
+    for t in range(steps):
+        raw_obs[:, t], is_first[:, t] = state.obs, state.is_first
+        distribution, quantiles, recurrent = policy.step(normalize(state.obs), recurrent, state.is_first)
+        action.append(distribution.sample(action_noise[:, t]))
+        log_prob[:, t] = distribution.log_prob(action[t])
+        value[:, t] = quantiles.mean(-1)
+        step = env.step(action[t].flatten(0, 1).cpu().numpy())
+        for buffer, given in (
+            (reward, step.reward),
+            (terminated, step.terminated),
+            (truncated, step.truncated),
+            (valid, step.valid),
+        ):
+            buffer[:, t] = torch.from_numpy(given).view(members, envs)
+        if step.final_obs is not None and step.truncated.any():
+            final_obs = normalize(policy.flatten(step.final_obs, members))
+            final_value[:, t] = policy.step(final_obs, recurrent, torch.zeros_like(state.is_first))[1].mean(-1)
+        state.obs.copy_(policy.flatten(step.obs, members))
+        state.is_first.copy_(torch.from_numpy(step.is_first).view(members, envs))
+        _count_episodes(state, step, members)
+    state.recurrent.copy_(recurrent)
+    # An observation that was not finite would otherwise stay in the memory until its episode ends.
+    reset_memory_(state, ~recurrent.isfinite().all(-1))
+    last_value = policy.step(normalize(state.obs), recurrent, state.is_first)[1].mean(-1)
+    following = torch.cat([value[:, 1:], last_value.unsqueeze(1)], dim=1)
+    return Rollout(
+        raw_obs=raw_obs,
+        obs=normalize(raw_obs),
+        is_first=is_first,
+        action=torch.stack(action, dim=1),
+        log_prob=log_prob,
+        value=value,
+        next_value=torch.where(truncated, final_value, following),
+        reward=reward,
+        terminated=terminated,
+        truncated=truncated,
+        valid=valid,
+        initial_state=initial_state,
+    )
+
+
+def _count_episodes(state: CollectorState, step: EnvStep, members: int) -> None:
+    valid = torch.from_numpy(step.valid).view(members, -1)
+    reward = torch.from_numpy(step.reward).view(members, -1)
+    state.episode_return.add_(torch.where(valid, reward, torch.zeros_like(reward)))
+    state.episode_length.add_(valid)
+    if step.final_obs is None:
+        return
+    ended = torch.from_numpy(step.terminated | step.truncated).view(members, -1)
+    for member, index in ended.nonzero().tolist():
+        slot = int(state.episodes[member]) % RECENT_EPISODES
+        state.recent_returns[member, slot] = state.episode_return[member, index]
+        state.recent_lengths[member, slot] = state.episode_length[member, index].to(state.recent_lengths.dtype)
+        state.episodes[member] += 1
+    state.episode_return.masked_fill_(ended, 0.0)
+    state.episode_length.masked_fill_(ended, 0)
+
+
+@torch.no_grad()
+def evaluate(
+    env: BatchedEnv, policy: ActorCritic, normalize: Normalize, members: int, deterministic: bool, noise: MemberGenerators
+) -> Float[np.ndarray, "P episodes"]:
+    """The return of one whole episode of every environment, weights and statistics frozen.
+
+    One episode per environment, so that short episodes are not counted more often than long ones.
+
+    Args:
+        env: ``P * episodes`` environments, freshly made.
+        deterministic: take the mode of the action distribution instead of a sample.
+        noise: generators for the samples; not drawn from where ``deterministic``.
+    """
+    obs = policy.flatten(env.reset(), members)
+    envs = obs.shape[1]
+    is_first = torch.ones(members, envs, dtype=torch.bool, device=obs.device)
+    recurrent = policy.initial_state(members, envs)
+    total = np.zeros(members * envs)
+    running = np.ones(members * envs, dtype=bool)
+    while running.any():
+        distribution, _, recurrent = policy.step(normalize(obs), recurrent, is_first)
+        action = distribution.mode() if deterministic else distribution.sample(policy.draw_noise(noise, envs))
+        step = env.step(action.flatten(0, 1).cpu().numpy())
+        total += np.where(running & step.valid, step.reward, 0.0)
+        running &= ~(step.terminated | step.truncated)
+        obs = policy.flatten(step.obs, members)
+        is_first = torch.from_numpy(step.is_first).view(members, envs)
+    return total.reshape(members, envs)
+
+
+def running_scores(state: CollectorState) -> dict[str, Any]:
+    """Mean return and length of the recent episodes of each member, NaN before the first one ended."""
+    return {
+        "rollout/ep_rew_mean": state.recent_returns.nanmean(1),
+        "rollout/ep_len_mean": state.recent_lengths.nanmean(1),
+        "rollout/episodes": state.episodes.float(),
+    }

@@ -1,0 +1,211 @@
+"""A training run with a folder of its own: what the command line starts, stops and resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from hardy.algorithm import DistributionalPPO
+from hardy.checkpoint import checkpoint_path, latest_checkpoint, prune_checkpoints, read_document, write_text_atomic
+from hardy.config import ConfigError, dump_settings, load_settings
+from hardy.console import LiveView
+from hardy.metrics import MetricsWriter
+from hardy.report import Status, learning_curve, write_summary
+from hardy.trainer import RunSettings, Trainer
+
+CONFIG, CHECKPOINTS, POLICY = "config.yaml", "checkpoints", "policy.safetensors"
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Mean return of whole episodes with its 95 % interval (Student's t)."""
+
+    mean: float
+    low: float
+    high: float
+    episodes: int
+
+
+def summarise(returns: np.ndarray) -> Evaluation:
+    """The mean of episode returns and the 95 % interval of that mean."""
+    mean, error = float(np.mean(returns)), float(stats.sem(returns))
+    half = error * float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(returns) - 1))
+    return Evaluation(mean=mean, low=mean - half, high=mean + half, episodes=len(returns))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and where its results are."""
+
+    folder: Path
+    status: Status
+    evaluation: Evaluation | None
+
+
+def new_folder(settings: RunSettings, name: str) -> Path:
+    """A fresh folder ``<artifacts_dir>/<name>-seed<seed>``, with a number behind it where that exists already."""
+    base = Path(settings.artifacts_dir)
+    stem = f"{name}-seed{settings.seed}"
+    number = 1
+    while True:
+        folder = base / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def make_trainer(settings: RunSettings, seeds: list[int] | None = None) -> Trainer:
+    """A trainer whose environments and optimizer exist.
+
+    Raises:
+        ConfigError: a setting that only the parts themselves can judge is impossible, such as an unknown environment.
+    """
+    try:
+        return Trainer(settings, seeds)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def train(settings: RunSettings, name: str, say: Callable[[str], None]) -> Outcome:
+    """Start a run in a fresh folder and train it to its end, or until it is interrupted.
+
+    Args:
+        settings: the run.
+        name: what the folder is called.
+        say: receives each line that is for the user.
+    """
+    trainer = make_trainer(settings)
+    folder = new_folder(settings, name)
+    write_text_atomic(folder / CONFIG, dump_settings(settings))
+    return _Run(trainer, folder, say).to_the_end(None)
+
+
+def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Outcome:
+    """Continue a run from its newest usable checkpoint.
+
+    Args:
+        folder: of the run.
+        overrides: ``section.key=value``, for instance a larger ``total_timesteps``.
+
+    Raises:
+        ConfigError: the folder holds no configuration, or it does not fit with ``overrides``.
+        CheckpointError: there is no usable checkpoint, or it is of another structure.
+    """
+    settings = load_settings(RunSettings, folder / CONFIG, overrides)
+    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: say(f"skipped {error}"))
+    trainer = make_trainer(settings)
+    document = trainer.restore(path)
+    write_text_atomic(folder / CONFIG, dump_settings(settings))
+    say(f"resuming {folder} at {trainer.timesteps:,} steps")
+    return _Run(trainer, folder, say, elapsed=document["elapsed"]).to_the_end(trainer.timesteps)
+
+
+def evaluate(folder: Path, episodes: int | None, seed: int | None) -> Evaluation:
+    """Evaluate the newest usable checkpoint of a run in fresh environments, in the physics that the run ended with.
+
+    Raises:
+        ConfigError: the folder holds no configuration.
+        CheckpointError: there is no usable checkpoint.
+    """
+    settings = load_settings(RunSettings, folder / CONFIG)
+    path = latest_checkpoint(folder / CHECKPOINTS)
+    trainer = make_trainer(settings, seeds=read_document(path)["seeds"])
+    trainer.restore(path)
+    chosen = settings.evaluation
+    return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[0])
+
+
+class _Run:
+    def __init__(self, trainer: Trainer, folder: Path, say: Callable[[str], None], elapsed: float = 0.0) -> None:
+        self.trainer, self.folder, self.say = trainer, folder, say
+        self.settings = trainer.settings
+        self._began = time.monotonic() - elapsed
+        self._saved = trainer.timesteps
+
+    def to_the_end(self, resume_step: int | None) -> Outcome:
+        total = self.settings.total_timesteps
+        status: Status = "failed"
+        evaluation = None
+        with MetricsWriter(self.folder, len(self.trainer.seeds), resume_step) as writer:
+            try:
+                with _interruptible() as interrupted, LiveView(total, self.folder.name, self.trainer.timesteps) as view:
+                    while self.trainer.timesteps < total and not interrupted():
+                        self._iterate(total, writer, view)
+                    status = "finished" if self.trainer.timesteps >= total else "interrupted"
+                self._save()
+                self._export()
+                if status == "finished":
+                    evaluation = self._evaluate(writer)
+            finally:
+                self._report(status, evaluation)
+        return Outcome(self.folder, status, evaluation)
+
+    def _iterate(self, total: int, writer: MetricsWriter, view: LiveView) -> None:
+        metrics = self.trainer.iterate(total)
+        metrics["time/elapsed"] = self._elapsed
+        row = writer.write(self.trainer.timesteps, metrics)
+        view.update(self.trainer.timesteps, row)
+        if self.trainer.timesteps - self._saved >= self.settings.checkpoint.every:
+            self._save()
+
+    @property
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def _save(self) -> None:
+        folder = self.folder / CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        self.trainer.save(checkpoint_path(folder, self.trainer.timesteps), {"elapsed": self._elapsed})
+        prune_checkpoints(folder, self.settings.checkpoint.keep)
+        self._saved = self.trainer.timesteps
+
+    def _export(self) -> None:
+        DistributionalPPO.of(self.trainer).export_policy(self.folder / POLICY)
+
+    def _evaluate(self, writer: MetricsWriter) -> Evaluation:
+        chosen = self.settings.evaluation
+        returns = self.trainer.evaluate(chosen.episodes, deterministic=chosen.deterministic)[0]
+        evaluation = summarise(returns)
+        names = ("mean", "low", "high")
+        writer.write(
+            self.trainer.timesteps,
+            {f"eval/{name}": getattr(evaluation, name) for name in names} | {"time/elapsed": self._elapsed},
+        )
+        return evaluation
+
+    def _report(self, status: Status, evaluation: Evaluation | None) -> None:
+        result: dict[str, Any] | None = None if evaluation is None else dataclasses.asdict(evaluation)
+        write_summary(self.folder, seed=self.settings.seed, status=status, evaluation=result)
+        learning_curve(self.folder)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C (or SIGTERM) ends the run after the iteration under way, its state whole; the second at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

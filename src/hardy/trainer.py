@@ -1,0 +1,302 @@
+"""The training state of a population and the loop that advances it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
+from hardy.config import Settings, tunables
+from hardy.envs import BatchedEnv, EnvSettings, make
+from hardy.nn.normalizer import NormalizerSettings, ReturnNormalizer, RunningMoments
+from hardy.nn.parallel import set_threads
+from hardy.ops.plasticity import dormant_fraction, effective_rank, weight_norm
+from hardy.optim import OptimizerSettings, OptimizerState, PopulationOptimizer, VGSSettings
+from hardy.policy import ActorCritic, CriticSettings, PolicySettings, describe_space
+from hardy.population import MemberGenerators, copied, expand, kept, nested, stream_seed, training_state
+from hardy.ppo import PPO, PPOSettings, scheduled
+from hardy.rollout import CollectorState, Rollout, collect, evaluate, restart_, running_scores, start
+
+DORMANT_THRESHOLD = 0.025
+"""tau of Sokar et al. 2023, section 3."""
+PLASTICITY_SAMPLES = 512
+"""Steps of a rollout on which the plasticity measures are taken: their cost stays small."""
+PLASTICITY_EVERY = 10
+"""Iterations between two such measurements."""
+ENVIRONMENT = "environment/"
+"""Prefix of the environments' arrays in a checkpoint."""
+Metrics = dict[str, Tensor | float]
+
+
+class EvaluationSettings(Settings):
+    """The evaluation at the end of a run, and the default of ``hardy eval``."""
+
+    episodes: int = Field(20, ge=2)
+    deterministic: bool = True
+    """Take the most probable action instead of a sample."""
+
+
+class CheckpointSettings(Settings):
+    """When the whole training state is written."""
+
+    every: int = Field(50_000, ge=1)
+    """Environment steps of one member between two checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints that stay in the folder: the newest ones."""
+
+
+class RunSettings(Settings):
+    """Everything that decides a run: the sections of the parts, composed."""
+
+    seed: int = Field(0, ge=0)
+    total_timesteps: int = Field(100_000, ge=1)
+    """Environment steps of one member, rounded up to whole rollouts."""
+    artifacts_dir: str = Field("artifacts", min_length=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = Field(None, ge=1)
+    """Processor threads; ``null`` takes every core the process may use."""
+    env: EnvSettings
+    policy: PolicySettings = PolicySettings()
+    critic: CriticSettings = CriticSettings()
+    ppo: PPOSettings = PPOSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    vgs: VGSSettings = VGSSettings()
+    normalizer: NormalizerSettings = NormalizerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        smallest = self.env.num_envs // self.ppo.n_minibatches
+        if smallest == 0:
+            raise ValueError(
+                f"ppo.n_minibatches = {self.ppo.n_minibatches}: at most env.num_envs = {self.env.num_envs}, "
+                "since a minibatch holds whole sequences"
+            )
+        if smallest < self.microbatches:
+            raise ValueError(
+                f"vgs.microbatches = {self.vgs.microbatches}: at most {smallest}, the environments in one minibatch "
+                f"(env.num_envs = {self.env.num_envs} over ppo.n_minibatches = {self.ppo.n_minibatches})"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device = 'cuda': this machine has no CUDA device that PyTorch can use; allowed is 'cpu'")
+        return self
+
+    @property
+    def microbatches(self) -> int:
+        """Parts of a minibatch whose gradients are taken one by one."""
+        return self.vgs.microbatches if self.vgs.enabled and self.vgs.estimator == "microbatch" else 1
+
+
+@training_state
+class TrainingState:
+    """All that a run is, but for the environments; every tensor starts with the population axis."""
+
+    parameters: dict[str, Tensor] = copied()
+    optimizer: OptimizerState = nested()
+    hyper: dict[str, Tensor] = copied()
+    """Every tunable number by its dotted path, ``[P]`` each."""
+    observation: RunningMoments = nested()
+    reward: ReturnNormalizer = nested()
+    collector: CollectorState = nested()
+    timesteps: Tensor = kept()
+    """``[P]`` environment steps taken."""
+    generators: dict[str, MemberGenerators] = kept()
+
+
+class Trainer:
+    """A population in training.
+
+    Args:
+        settings: the run; all members start from the same hyperparameters.
+        seeds: one seed per member; by default one member with ``settings.seed``.
+        env: the environments, member after member, ``settings.env.num_envs`` each; by default made from ``settings.env``.
+        dtype: precision of weights and state.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        seeds: Sequence[int] | None = None,
+        env: BatchedEnv | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.settings = settings
+        self.seeds = [settings.seed] if seeds is None else list(seeds)
+        self.iteration = 0
+        set_threads(settings.threads or len(os.sched_getaffinity(0)))
+        members = len(self.seeds)
+        self.env = make(settings.env, self.seeds, settings.env.num_envs) if env is None else env
+        self.policy = ActorCritic(
+            self.env.observation_space, self.env.action_space, settings.policy, settings.critic, self.seeds
+        ).to(device=settings.device, dtype=dtype)
+        parameters = {name: parameter.data for name, parameter in self.policy.named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        optimizer = PopulationOptimizer(shapes, settings.optimizer, settings.vgs)
+        collector = start(self.env, self.policy, members)
+        self.state = TrainingState(
+            parameters=parameters,
+            optimizer=optimizer.init(parameters),
+            hyper={
+                name: expand(value, members, dtype=dtype, device=settings.device) for name, value in tunables(settings).items()
+            },
+            observation=RunningMoments.create(members, (self.policy.observation_size,), settings.device),
+            reward=ReturnNormalizer.create(members, collector.is_first.shape[1], settings.device),
+            collector=collector,
+            timesteps=torch.zeros(members, dtype=torch.int64),
+            generators={name: MemberGenerators(self.seeds, name) for name in ("action", "shuffle", "noise")},
+        )
+        self.ppo = PPO(self.policy, optimizer, settings.ppo, settings.critic.huber_threshold, settings.microbatches)
+
+    @property
+    def timesteps(self) -> int:
+        """Environment steps of one member so far."""
+        return int(self.state.timesteps[0])
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Environment steps of one member in one iteration."""
+        return self.settings.ppo.n_steps * self.state.collector.is_first.shape[1]
+
+    def normalize(self, obs: Float[Tensor, "P ..."]) -> Float[Tensor, "P ..."]:
+        """Observations as the policy sees them, by the statistics of this moment."""
+        settings = self.settings.normalizer
+        return (
+            self.state.observation.normalize(obs, settings.clip_observation, settings.epsilon) if settings.observation else obs
+        )
+
+    def iterate(self, total_timesteps: int) -> Metrics:
+        """One rollout and one update of every member.
+
+        Args:
+            total_timesteps: length of the run, to which the schedules refer.
+
+        Returns:
+            Metrics by name, one number for each member or one for all.
+        """
+        began = time.perf_counter()
+        state = self.state
+        rollout = collect(
+            self.env, self.policy, state.collector, self.normalize, state.generators["action"], self.settings.ppo.n_steps
+        )
+        hyper = scheduled(state.hyper, self.settings.ppo, self.timesteps / total_timesteps)
+        trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
+        metrics: Metrics = dict(
+            self.ppo.update(trained_on, state.optimizer, hyper, state.generators["shuffle"], state.generators["noise"])
+        )
+        if self.iteration % PLASTICITY_EVERY == 0:
+            metrics |= self._plasticity(rollout)
+        if self.settings.normalizer.observation:
+            state.observation.update_(rollout.raw_obs.flatten(1, 2), rollout.valid.flatten(1, 2))
+        state.timesteps += self.steps_per_iteration
+        self.iteration += 1
+        metrics |= running_scores(state.collector)
+        drift = self.settings.env.drift
+        metrics["env/drift_changes"] = 0.0 if drift is None else float(drift.changes_so_far(self.timesteps))
+        metrics["time/total_timesteps"] = float(self.timesteps)
+        metrics["time/steps_per_second"] = len(self.seeds) * self.steps_per_iteration / (time.perf_counter() - began)
+        return metrics
+
+    def _scale_rewards(self, rollout: Rollout, gamma: Float[Tensor, "P"]) -> Rollout:
+        settings = self.settings.normalizer
+        if not settings.reward:
+            return rollout
+        # The policy never sees a reward, so the statistics may take this rollout in before it is scaled.
+        self.state.reward.update_(rollout.reward, rollout.terminated | rollout.truncated, rollout.valid, gamma)
+        scaled = self.state.reward.scale(rollout.reward, settings.clip_reward, settings.epsilon)
+        return dataclasses.replace(rollout, reward=scaled)
+
+    @torch.no_grad()
+    def _plasticity(self, rollout: Rollout) -> Metrics:
+        envs = math.ceil(PLASTICITY_SAMPLES / rollout.obs.shape[1])
+        features = self.policy.features(
+            rollout.obs[:, :, :envs], rollout.initial_state[:, :envs], rollout.is_first[:, :, :envs]
+        )
+        own = features[:1] if self.settings.policy.shared_memory else features
+        units = torch.cat(own, dim=-1).flatten(1, 2)[:, :PLASTICITY_SAMPLES]
+        return {
+            "plasticity/dormant_fraction": dormant_fraction(units, DORMANT_THRESHOLD),
+            "plasticity/effective_rank": effective_rank(units),
+            "plasticity/weight_norm": weight_norm(list(self.state.parameters.values())),
+        }
+
+    def evaluate(
+        self, episodes: int, *, deterministic: bool = True, seed: int | None = None
+    ) -> Float[np.ndarray, "P episodes"]:
+        """Returns of whole episodes in fresh environments, weights and statistics frozen, physics as they are now.
+
+        Args:
+            seed: of the environments and samples, the same for all members; by default it follows from ``settings.seed``.
+        """
+        members = len(self.seeds)
+        common = stream_seed(self.settings.seed, "evaluation") if seed is None else seed
+        env = make(self.settings.env, [common] * members, episodes, drift_step=self.timesteps, drift_seeds=self.seeds)
+        try:
+            noise = MemberGenerators([common] * members, "evaluation")
+            return evaluate(env, self.policy, self.normalize, members, deterministic, noise)
+        finally:
+            env.close()
+
+    def document(self) -> dict[str, Any]:
+        """What a saved file says about this run besides its tensors."""
+        return {
+            "seeds": self.seeds,
+            "iteration": self.iteration,
+            "timesteps": self.timesteps,
+            "settings": self.settings.model_dump(mode="json"),
+            "observation_space": describe_space(self.env.observation_space),
+            "action_space": describe_space(self.env.action_space),
+        }
+
+    def save(self, path: Path, document: Mapping[str, Any]) -> None:
+        """Write the whole training state, environments included where they can be saved, to one file, atomically."""
+        tensors = flatten_state(self.state)
+        environment = self.env.get_state()
+        described: dict[str, Any] = {}
+        for name, value in (environment or {}).items():
+            if isinstance(value, np.ndarray):
+                tensors[ENVIRONMENT + name] = torch.from_numpy(value)
+            else:
+                described[name] = value
+        save_tensors(path, tensors, {
+            **document, **self.document(), "kind": "checkpoint", "environment": None if environment is None else described,
+        })  # fmt: skip
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Continue from a checkpoint of the same structure; returns its document.
+
+        Where the environments could not be saved, every environment starts a new episode.
+
+        Raises:
+            CheckpointError: the file is unreadable or belongs to another structure.
+        """
+        tensors, document = load_tensors(path)
+        if document.get("kind") != "checkpoint":
+            raise CheckpointError(f"{path}: a {document.get('kind')} file cannot be continued; allowed is a checkpoint")
+        if len(document["seeds"]) != len(self.seeds):
+            raise CheckpointError(f"{path}: holds {len(document['seeds'])} members, the run has {len(self.seeds)}")
+        arrays = {name: tensors.pop(name).numpy() for name in list(tensors) if name.startswith(ENVIRONMENT)}
+        restore_state_(self.state, tensors)
+        self.iteration = document["iteration"]
+        if document["environment"] is None:
+            restart_(self.state.collector, self.env, self.policy)
+        else:
+            named = {name.removeprefix(ENVIRONMENT): array for name, array in arrays.items()}
+            self.env.set_state({**document["environment"], **named})
+        return document
+
+
+def mean_over_members(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Each metric as one number: the mean over the members that have it, NaN where none does."""
+    return {name: float(value.double().nanmean()) if isinstance(value, Tensor) else value for name, value in metrics.items()}

@@ -1,0 +1,51 @@
+"""What holds for every test: shapes are checked, one thread, no screen, no network, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Both before any hardy module is imported: the hook compiles the checks into them, and matplotlib picks its back end once.
+# The variable also reaches the commands that tests start.
+install_import_hook("hardy", "beartype.beartype")
+os.environ["MPLBACKEND"] = "Agg"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """Every test starts from the same global random state, alone or in the suite, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _global_torch_settings() -> Iterator[None]:
+    """A test may change the default dtype or the number of threads; the next one does not see it."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to another machine is an error; sockets within this one stay usable."""
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests do not use the network (connection to {address[0]})")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)

@@ -1,0 +1,162 @@
+"""What is promised of the package as a whole: what it imports, ships, declares and never does."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+import hardy
+from hardy.population import member_mean
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "hardy"
+FILES = sorted(SOURCE.rglob("*.py"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LONGEST_FILE = 500
+
+# Where the modules imported are not named like the distribution that brings them.
+MODULES_OF = {"pydantic": {"pydantic", "pydantic_core"}, "pyyaml": {"yaml"}}
+PICKLING = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9_.-]", requirement, maxsplit=1)[0].lower()
+
+
+RUNTIME = [name_of(requirement) for requirement in PROJECT["dependencies"]]
+DEVELOPMENT = [name_of(requirement) for requirement in PROJECT["optional-dependencies"]["dev"]]
+
+
+def test_import_is_light_and_leaves_torch_alone() -> None:
+    script = """
+import sys, torch
+torch.manual_seed(3)
+before = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+import hardy
+after = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+assert torch.equal(before[0], after[0]), "import drew random numbers"
+assert before[1:] == after[1:], (before[1:], after[1:])
+heavy = {"matplotlib", "tensorboard", "typer"} & set(sys.modules)
+assert not heavy, f"import hardy imports {sorted(heavy)}"
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=SOURCE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shapes_are_checked_in_the_tests() -> None:
+    with pytest.raises(TypeCheckError):
+        member_mean(torch.zeros(3, 5), where=torch.ones(2, 5, dtype=torch.bool))
+
+
+def test_the_tests_reach_no_network() -> None:
+    with socket.socket() as channel, pytest.raises(OSError, match="do not use the network"):
+        channel.connect(("192.0.2.1", 80))
+
+
+def test_one_version_everywhere() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.findall(r"^## \[(\d[^\]]*)\]", changelog, flags=re.MULTILINE)[0]
+    assert hardy.__version__ == PROJECT["version"] == newest
+
+
+def test_the_wheel_holds_everything(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(SOURCE, tree / "src" / "hardy", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = "from setuptools import build_meta; build_meta.build_wheel('..')"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    information = f"hardy-{PROJECT['version']}.dist-info"
+    assert {str(file.relative_to(SOURCE.parent)) for file in FILES} <= held
+    assert {"hardy/py.typed", f"{information}/licenses/LICENSE", f"{information}/entry_points.txt"} <= held
+
+
+def test_the_licence_is_the_declared_one() -> None:
+    assert PROJECT["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_no_file_is_too_long(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= LONGEST_FILE
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Full names of the modules imported absolutely; of ``from a import b`` both ``a`` and ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def pickling(text: str) -> list[str]:
+    """What in a source file could read or write a pickle."""
+    tree = ast.parse(text)
+    torch_io = {"torch.load", "torch.save", "torch.serialization"}
+    found = [name for name in imported_modules(tree) if name.split(".")[0] in PICKLING or name in torch_io]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in torch_io:
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found.append("allow_pickle")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_nothing_is_pickled(file: Path) -> None:
+    assert pickling(file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "def f():\n    import cloudpickle as c",
+        "from joblib import dump",
+        "import torch\ntorch.load('a')",
+        "import torch\nkeep = torch.save",
+        "from torch import load",
+        "from torch.serialization import load",
+        "import numpy\nnumpy.load('a', allow_pickle=True)",
+    ],
+)
+def test_planted_pickling_is_found(text: str) -> None:
+    assert pickling(text)
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {"hardy", *sys.stdlib_module_names}.union(*(MODULES_OF.get(name, {name}) for name in RUNTIME))
+    imported = {name.split(".")[0] for file in FILES for name in imported_modules(ast.parse(file.read_text()))}
+    assert imported <= declared
+
+
+def test_every_dependency_has_its_reason() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", (ROOT / "docs" / "dependencies.md").read_text(), flags=re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(RUNTIME + DEVELOPMENT)
+    assert all(len(why.split()) >= 4 for _, why in rows)
+
+
+def test_constraints_pin_every_dependency() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    # Exact versions by name: no address, no local label, so that any index serves.
+    assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line) for line in lines), lines
+    assert "torch==2.13.0" in lines
+    assert set(RUNTIME + DEVELOPMENT) <= {line.split("==")[0] for line in lines}

@@ -1,0 +1,165 @@
+"""Stacked recurrent layers: `torch.nn.LSTM` and `torch.nn.GRU` on each episode's piece are the oracle."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hardy.nn.parallel import pool, set_threads
+from hardy.nn.recurrent import StackedRecurrent
+from hardy.nn.rows import plan_rows
+
+KINDS = ("lstm", "gru")
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"], autouse=True)
+def threads(request):
+    set_threads(request.param)
+    yield
+    set_threads(1)
+
+
+def make(kind, members, inputs, hidden, layers, dtype=torch.float32):
+    return StackedRecurrent(kind, inputs, hidden, layers, [torch.Generator().manual_seed(i) for i in range(members)]).to(dtype)
+
+
+def oracle(module, x, state, is_first):
+    """Each member's, environment's and episode's piece on its own through PyTorch's module."""
+    members, steps, envs, _ = x.shape
+    output = []
+    for p in range(members):
+        single = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[module.kind](module.input_size, module.hidden_size, module.layers)
+        weights = {name: value[p] for name, value in module.named_parameters()}
+        columns = []
+        for e in range(envs):
+            cuts = sorted({0, steps, *is_first[p, :, e].nonzero().flatten().tolist()})
+            pieces = []
+            for begin, end in itertools.pairwise(cuts):
+                fresh = bool(is_first[p, begin, e])
+                start = torch.zeros_like(state[p, e]) if fresh else state[p, e]
+                parts = start.view(-1, module.layers, 1, module.hidden_size)
+                initial = tuple(parts) if module.kind == "lstm" else parts[0]
+                pieces.append(torch.func.functional_call(single, weights, (x[p, begin:end, e].unsqueeze(1), initial))[0])
+            columns.append(torch.cat(pieces))
+        output.append(torch.cat(columns, dim=1))
+    return torch.stack(output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("members", "layers"), [(1, 1), (3, 2), (7, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_values_and_gradients_equal_torch_on_each_episode(kind, members, layers, dtype):
+    steps, envs, inputs, hidden = 23, 5, 11, 13
+    module = make(kind, members, inputs, hidden, layers, dtype)
+    x = torch.randn(members, steps, envs, inputs, dtype=dtype, requires_grad=True)
+    state = torch.randn(members, envs, module.state_size, dtype=dtype)
+    is_first = torch.rand(members, steps, envs) < 0.15
+    output, expected = module(x, state, is_first), oracle(module, x, state, is_first)
+    weight = torch.randn_like(output)
+    found = torch.autograd.grad(output, [x, *module.parameters()], weight)
+    wanted = torch.autograd.grad(expected, [x, *module.parameters()], weight)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance * 10)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, state, is_first), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_sequence_equals_a_plain_loop_of_steps(kind, data):
+    members, steps, envs = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 5)))
+    chance = data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    module = make(kind, members, 2, 3, data.draw(st.integers(1, 3)), torch.float64)
+    x = torch.randn(members, steps, envs, 2, dtype=torch.float64, generator=generator)
+    state = torch.randn(members, envs, module.state_size, dtype=torch.float64, generator=generator)
+    is_first = torch.rand(members, steps, envs, generator=generator) < chance
+    looped = state
+    expected = []
+    for t in range(steps):
+        looped = torch.where(is_first[:, t].unsqueeze(-1), torch.zeros_like(looped), looped)
+        output, looped = module.step(x[:, t], looped)
+        expected.append(output)
+    torch.testing.assert_close(module(x, state, is_first), torch.stack(expected, 1), atol=1e-12, rtol=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_a_plan_takes_every_step_once_and_in_order(data):
+    steps, envs = data.draw(st.integers(1, 41)), data.draw(st.integers(1, 7))
+    starts = np.random.default_rng(data.draw(st.integers(0, 999))).random((steps, envs)) < data.draw(
+        st.sampled_from([0, 0.03, 0.3, 1])
+    )
+    low = data.draw(st.integers(0, envs - 1))
+    high = data.draw(st.integers(low + 1, envs))
+    taken = []
+    for group in plan_rows(starts, low, high, torch.device("cpu")):
+        grid = group.gather.view(group.length, group.rows)
+        kept = torch.ones(grid.numel(), dtype=torch.bool)
+        if group.kept is not None:
+            kept = torch.zeros(grid.numel(), dtype=torch.bool).index_fill(0, group.kept, True)
+        assert torch.equal(grid.flatten()[kept], group.target)
+        for row, real in zip(grid.T, kept.view_as(grid).T, strict=True):
+            index = row[real]
+            taken += index.tolist()
+            t, e = index // envs, index % envs
+            assert torch.equal(t, torch.arange(int(t[0]), int(t[0]) + len(t)))
+            assert (e == e[0]).all()
+            assert not starts[t[1:].numpy(), int(e[0])].any()
+        for row, env in zip(group.continues.tolist(), group.env.tolist(), strict=True):
+            assert int(grid[0, row]) == env
+            assert not starts[0, env]
+    everything = [t * envs + e for t in range(steps) for e in range(low, high)]
+    assert sorted(taken) == everything
+
+
+def test_members_do_not_see_one_another():
+    module = make("lstm", 3, 5, 7, 1)
+    x, state = torch.randn(3, 11, 2, 5), torch.randn(3, 2, module.state_size)
+    is_first = torch.rand(3, 11, 2) < 0.2
+    clean = module(x, state, is_first)
+    x[1] = float("nan")
+    spoiled = module(x, state, is_first)
+    assert torch.equal(clean[0], spoiled[0])
+    assert torch.equal(clean[2], spoiled[2])
+    assert spoiled[1].isnan().all()
+
+
+def test_gradient_stops_at_the_stored_state():
+    module = make("gru", 1, 2, 3, 1)
+    state = torch.randn(1, 2, 3, requires_grad=True)
+    module(torch.randn(1, 4, 2, 2), state, torch.zeros(1, 4, 2, dtype=torch.bool)).sum().backward()
+    assert state.grad is None
+
+
+def test_initial_weights_are_orthogonal_and_follow_the_members_own_seed():
+    module, alone = make("lstm", 3, 8, 8, 1), make("lstm", 1, 8, 8, 1)
+    for gate in module.weight_hh_l0[2].chunk(4):
+        torch.testing.assert_close(gate @ gate.T, torch.eye(8))
+    assert torch.equal(module.weight_ih_l0[:1], alone.weight_ih_l0)
+    assert not torch.equal(module.weight_ih_l0[0], module.weight_ih_l0[1])
+    assert module.bias_ih_l0[:, 8:16].eq(1).all()
+    assert module.bias_ih_l0.sum() == 3 * 8
+    assert module.bias_hh_l0.eq(0).all()
+
+
+def test_an_exception_in_a_worker_reaches_the_caller():
+    with pytest.raises(ZeroDivisionError):
+        pool().map(lambda index: 1 // (2 - index), 3)
+
+
+def test_results_of_workers_come_in_order():
+    assert pool().map(lambda index: index * index, 17) == [index * index for index in range(17)]
+
+
+def test_threads_below_one_are_refused():
+    with pytest.raises(ValueError, match="threads = 0"):
+        set_threads(0)

@@ -1,0 +1,233 @@
+"""What a run leaves and shows: the learning-curve picture, summary.json, the live view and its plain lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib import image
+from rich.console import Console
+
+from hardy import report
+from hardy.console import LiveView, print_error
+from hardy.metrics import MetricsWriter
+from hardy.report import learning_curve, write_summary
+
+
+def write_run(folder: Path, members: int = 1, rows: int = 30, **constant: float) -> Path:
+    """A run whose return falls from 100 to 0 in row 15, when the task changes."""
+    with MetricsWriter(folder, members) as writer:
+        for index in range(rows):
+            values: dict[str, Any] = {"env/drift_changes": float(index >= 15), "time/elapsed": (index + 1) * 0.5}
+            values["rollout/ep_rew_mean"] = torch.arange(members) + (100.0 if index < 15 else 0.0)
+            values["train/value_loss"] = torch.full((members,), 0.5)
+            if index % 10 == 9:
+                values |= {"eval/mean": 50.0, "eval/low": 40.0, "eval/high": 70.0}
+            writer.write((index + 1) * 100, values | constant)
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The figures that were turned into pictures."""
+    figures: list[Any] = []
+    png = report._png
+    monkeypatch.setattr(report, "_png", lambda figure: (figures.append(figure), png(figure))[1])
+    yield figures
+
+
+def curves(axes: Any) -> dict[str, Any]:
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_the_picture_shows_returns_changes_and_evaluations(tmp_path: Path, drawn: list[Any]) -> None:
+    path = learning_curve(write_run(tmp_path / "job", **{"vgs/scaling_factor": 0.25}))
+    assert path == tmp_path / "job" / "learning_curve.png"
+    pixels = image.imread(path)
+    assert pixels.shape[1] >= 1200
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
+    top, bottom, right = drawn[0].axes
+    assert top.get_title(loc="left") == "job"
+    assert curves(top)["training return"].get_ydata().tolist() == [100.0] * 15 + [0.0] * 15
+    assert curves(top)["smoothed"].get_ydata().tolist() == [100.0] * 15 + [0.0] * 15  # not smeared over the change
+    assert list(curves(top)["task changes"].get_xdata()) == [1600, 1600]
+    (bars,) = top.containers
+    assert bars[0].get_xydata().tolist() == [[1000, 50], [2000, 50], [3000, 50]]
+    assert bars[2][0].get_segments()[0].tolist() == [[1000, 40], [1000, 70]]
+    assert set(bottom.get_lines()[0].get_ydata()) == {0.5}
+    assert set(right.get_lines()[0].get_ydata()) == {0.25}
+
+
+def test_the_picture_of_a_population_shows_its_spread(tmp_path: Path, drawn: list[Any]) -> None:
+    learning_curve(write_run(tmp_path, members=3))
+    (band,) = drawn[0].axes[0].collections[:1]
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == (0.0, 102.0)
+    assert set(curves(drawn[0].axes[0])["mean of members"].get_ydata()) == {101.0, 1.0}
+
+
+def test_a_run_that_wrote_little_still_has_a_picture(tmp_path: Path, drawn: list[Any]) -> None:
+    for rows in (0, 1):
+        assert learning_curve(write_run(tmp_path / str(rows), rows=rows)).exists()
+    (tmp_path / "0" / "metrics.csv").write_text("")
+    learning_curve(tmp_path / "0")
+    with MetricsWriter(tmp_path / "nan", 2) as writer:
+        writer.write(1, {"rollout/ep_rew_mean": torch.full((2,), math.nan), "eval/mean": 1.0})
+    learning_curve(tmp_path / "nan")
+    assert len(drawn) == 4
+    with pytest.raises(FileNotFoundError):
+        learning_curve(tmp_path)
+
+
+def test_a_value_loss_over_orders_of_magnitude_is_drawn_on_a_log_axis(tmp_path: Path, drawn: list[Any]) -> None:
+    with MetricsWriter(tmp_path, 1) as writer:
+        for step, loss in enumerate((100.0, 1.0)):
+            writer.write(step, {"train/value_loss": loss})
+    learning_curve(tmp_path)
+    assert drawn[0].axes[1].get_yscale() == "log"
+
+
+@settings(deadline=None, max_examples=25)
+@given(values=st.lists(st.floats(-1e6, 1e6), max_size=60))
+def test_smoothing_keeps_length_ends_and_bounds(values: list[float]) -> None:
+    smooth = report._smooth(np.array(values, dtype=np.float64))
+    assert len(smooth) == len(values)
+    if values:
+        np.testing.assert_allclose(smooth[[0, -1]], [values[0], values[-1]], atol=1e-6)
+        assert smooth.min() >= min(values) - 1e-6
+        assert smooth.max() <= max(values) + 1e-6
+    line = np.arange(float(len(values)))
+    np.testing.assert_allclose(report._smooth(line), line, atol=1e-9)
+
+
+def test_summary_says_what_ran_and_how_it_went(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "job")
+    evaluation = {"mean": 90.0, "low": math.nan, "high": 95, "episodes": 20}
+    path = write_summary(folder, seed=7, status="failed", evaluation=evaluation, error="no disk")
+    summary = json.loads(path.read_text())
+    assert path.name == "summary.json"
+    assert (summary["run"], summary["seed"], summary["status"], summary["error"]) == ("job", 7, "failed", "no disk")
+    assert (summary["total_timesteps"], summary["wall_time_seconds"], summary["steps_per_second"]) == (3000, 15.0, 200.0)
+    assert summary["return_last_100_episodes"] == 0.0
+    assert summary["evaluation"] == {"mean": 90.0, "low": None, "high": 95, "episodes": 20}
+    assert summary["versions"]["torch"] == torch.__version__
+    assert set(summary["versions"]) == {"python", "hardy", "torch", "numpy", "gymnasium"}
+    assert summary["machine"]["cores"] >= 1
+
+
+def test_summary_falls_back_on_the_last_evaluation_and_on_nothing(tmp_path: Path) -> None:
+    summary = json.loads(write_summary(write_run(tmp_path / "a"), seed=0, status="finished").read_text())
+    assert summary["evaluation"] == {"mean": 50.0, "low": 40.0, "high": 70.0, "episodes": None}
+    assert "error" not in summary
+    empty = json.loads(write_summary(write_run(tmp_path / "b", rows=0), seed=0, status="interrupted").read_text())
+    assert empty["total_timesteps"] == 0
+    assert empty["steps_per_second"] is empty["return_last_100_episodes"] is empty["evaluation"]["mean"] is None
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+METRICS = {
+    "rollout/ep_rew_mean": 123.45,
+    "rollout/ep_len_mean": 67.0,
+    "train/value_loss": 0.01234,
+    "train/policy_loss": -0.0056,
+    "train/approx_kl": 0.0078,
+    "vgs/scaling_factor": 0.91,
+    "time/steps_per_second": 2345.6,
+}
+
+
+def test_plain_lines_come_every_five_seconds_and_at_the_end() -> None:
+    output, clock = io.StringIO(), Clock()
+    with LiveView(10_000, "job", console=Console(file=output, width=40), clock=clock) as view:
+        for step in range(1000, 7000, 1000):
+            clock.now += 2.0
+            view.update(step, METRICS)
+    lines = output.getvalue().splitlines()
+    assert [line.partition(" · ")[0] for line in lines] == [f"{n:,} / 10,000 steps ({n // 100}%)" for n in (3000, 6000)]
+    numbers = "return 123.5 · length 67.0 · value loss 0.01234 · policy loss -0.0056 · VGS factor 0.910 · KL 0.0078"
+    assert lines[0].endswith(f"(30%) · steps/s 2,346 · time left 0:14 · {numbers}")
+    assert "\x1b" not in output.getvalue()
+
+
+def test_the_last_state_is_printed_however_short_the_run_and_never_twice() -> None:
+    output, clock = io.StringIO(), Clock()
+    with pytest.raises(KeyboardInterrupt), LiveView(100, console=Console(file=output), clock=clock) as view:
+        view.update(10, {})
+        raise KeyboardInterrupt
+    assert output.getvalue() == "10 / 100 steps (10%) · steps/s – · time left –\n"
+    with LiveView(100, console=Console(file=output), clock=clock) as view:
+        clock.now += 5.0
+        view.update(100, {})
+    assert output.getvalue().splitlines()[1:] == ["100 / 100 steps (100%) · steps/s 20 · time left 0:00"]
+
+
+def test_a_resumed_run_estimates_from_its_own_steps() -> None:
+    output, clock = io.StringIO(), Clock()
+    with LiveView(10_000, start=9000, console=Console(file=output), clock=clock) as view:
+        clock.now += 10.0
+        view.update(9001, {"rollout/ep_rew_mean": math.nan})
+    assert "(90%) · steps/s 0 · time left 2:46:30 · return nan" in output.getvalue()
+
+
+def test_a_population_shows_mean_and_best() -> None:
+    output, clock = io.StringIO(), Clock()
+    members = {f"rollout/ep_rew_mean/member_{index}": value for index, value in enumerate((1.0, math.nan, 300.0))}
+    with LiveView(10, console=Console(file=output), clock=clock) as view:
+        view.update(5, METRICS | members)
+    assert "return 123.5 · best return 300.0 · length 67.0" in output.getvalue()
+
+
+def live(output: io.StringIO, clock: Clock, **options: Any) -> LiveView:
+    return LiveView(10_000, "job", console=Console(file=output, width=100, force_terminal=True, **options), clock=clock)
+
+
+def test_a_terminal_is_redrawn_at_most_four_times_a_second() -> None:
+    output, clock = io.StringIO(), Clock()
+    with live(output, clock) as view:
+        for step in range(1, 81):
+            clock.now += 0.0625
+            view.update(step, METRICS)
+    text = output.getvalue()
+    assert 20 <= text.count("/ 10,000 steps") <= 23  # start and end draw as well
+    assert "80 / 10,000 steps (1%)" in text
+    for part in ("job", "━", "steps/s", "2,346", "time left", "10:20", "123.5", "0.01234", "-0.0056", "0.910", "0.0078"):
+        assert part in text
+
+
+def test_no_color_and_dumb_terminals_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured, plain, dumb = io.StringIO(), io.StringIO(), io.StringIO()
+    for output, name, value in ((coloured, "UNUSED", "1"), (plain, "NO_COLOR", "1"), (dumb, "TERM", "dumb")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with live(output, Clock()) as view:
+                view.update(5000, METRICS)
+    assert "\x1b[38;5" in coloured.getvalue()
+    assert "\x1b[38;5" not in plain.getvalue()
+    assert "━" in plain.getvalue()
+    assert dumb.getvalue().startswith("5,000 / 10,000 steps (50%) · ")
+
+
+def test_errors_go_to_the_standard_error_unwrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error("job.yaml: [bold]" + "x" * 200 + "\nsecond line")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: job.yaml: [bold]" + "x" * 200 + "\nsecond line\n"
