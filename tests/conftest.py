@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 
 # Both before any hardy module is imported: the hook compiles the checks into them, and matplotlib picks its back end once.
 # The variable also reaches the commands that tests start.
-install_import_hook("hardy", "beartype.beartype")
+install_import_hook("hardy", "shape_checks.check")
 os.environ["MPLBACKEND"] = "Agg"
 
 torch.set_num_threads(1)

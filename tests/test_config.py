@@ -105,6 +105,7 @@ def test_overrides_alone_and_an_override_into_a_null_section(tmp_path: Path) -> 
     path = write(tmp_path, "drift: null\nrun: x")
     assert load_settings(Whole, path, ["drift.kind=permute", "drift.every=5", "run="]).drift == Drift(kind="permute", every=5)
     assert load_settings(Whole, path, ["run="]).run is None
+    assert load_settings(Whole, path, ["seed=010"]).seed == 10  # not octal
     shared = write(tmp_path, "groups: {a: &x {epochs: 2}, b: *x}")
     assert load_settings(Whole, shared, ["groups.a.epochs=9"]).groups == {"a": Part(epochs=9), "b": Part(epochs=2)}
 

@@ -22,6 +22,7 @@ class Counter(gymnasium.Env[Any, Any]):
         self.length = length
         self.gain = 1
         self.flag = True
+        self._hidden = 1.5
         self.taken: list[Any] = []
         self._buffer = np.array([-1.0, 0.0])
         self.first_draw = 0.0
@@ -161,7 +162,7 @@ class Scripted(gymnasium.vector.VectorEnv[Any, Any, Any]):
 @pytest.mark.parametrize("mode", [None, "sometimes", 3])
 def test_missing_or_unknown_mode_is_refused(mode: Any) -> None:
     with pytest.raises(
-        ValueError, match="must be one of AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED"
+        ValueError, match=r"must be one of AutoresetMode\.NEXT_STEP, AutoresetMode\.SAME_STEP, AutoresetMode\.DISABLED"
     ):
         GymVectorEnv(Scripted(mode), [0, 1])
 
@@ -218,8 +219,8 @@ def test_seeds_reach_every_row_once() -> None:
     assert draws[0] == draws[1]
     assert len({*draws[0][0], *draws[0][1]}) == 6
     shared = Scripted(AutoresetMode.NEXT_STEP)
-    GymVectorEnv(shared, [5, 6]).reset()
-    assert shared.seed == 5, "a vector environment of another kind knows one seed"
+    GymVectorEnv(shared, [2**40 + 5, 6]).reset()
+    assert shared.seed == 5, "a vector environment of another kind knows one seed, and many keep 32 bits"
 
 
 def test_number_of_seeds_must_fit() -> None:
@@ -234,14 +235,15 @@ def test_discrete_actions_are_counted_from_zero() -> None:
     assert [single.taken for single in env._env.unwrapped.envs] == [[-2], [2]]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("high", [1.0, np.inf])
-def test_continuous_actions_are_shaped_and_clipped(high: float) -> None:
-    space = Box(-high, high, (2, 3), np.float64)
+def test_continuous_actions_are_shaped_and_clipped(high: float, dtype: Any) -> None:
+    space = Box(-high, high, (2, 3), dtype)
     env = GymVectorEnv(SyncVectorEnv([lambda: Counter(space=space)], autoreset_mode=AutoresetMode.DISABLED), [0])
     env.reset()
-    env.step(np.array([[-9, -1, -0.5, 0.5, 1, 9]], dtype=np.float32))
+    env.step(np.array([[-9, -1, -0.5, 0.5, 1, 9]], dtype=np.float64))
     taken = env._env.unwrapped.envs[0].taken[0]
-    assert taken.dtype == np.float64
+    assert taken.dtype == dtype
     edge = min(high, 9.0)
     np.testing.assert_array_equal(taken, [[-edge, -1, -0.5], [0.5, 1, edge]])
 
@@ -262,15 +264,27 @@ def test_other_spaces_are_refused(kwargs: dict[str, Any], message: str) -> None:
         GymVectorEnv(SyncVectorEnv([lambda: Counter(**kwargs)], autoreset_mode=AutoresetMode.DISABLED), [0])
 
 
-def test_image_observations_become_float32_of_the_same_shape() -> None:
-    env = GymVectorEnv(
-        SyncVectorEnv(
-            [lambda: gymnasium.wrappers.FlattenObservation(gymnasium.make("CartPole-v1"))], autoreset_mode="Disabled"
-        ),
-        [0],
-    )
-    assert env.observation_space.dtype == np.float32
-    assert env.reset().dtype == np.float32
+def test_observations_of_any_shape_and_type_become_float32() -> None:
+    space = Box(0, 255, (7, 5, 3), np.uint8)
+
+    def image() -> Any:
+        return gymnasium.wrappers.TransformObservation(Counter(), lambda obs: np.full(space.shape, obs[1], np.uint8), space)
+
+    env = GymVectorEnv(SyncVectorEnv([image, image], autoreset_mode=AutoresetMode.DISABLED), [0, 1])
+    assert env.observation_space == Box(0, 255, (7, 5, 3), np.float32)
+    env.reset()
+    obs = env.step(np.zeros(2, dtype=np.int64)).obs
+    assert obs.shape == (2, 7, 5, 3) and obs.dtype == np.float32 and (obs == 1).all()
+
+
+def test_results_stay_with_the_caller() -> None:
+    """A vector environment may reuse its buffer; what a step returned must not change with the next."""
+    vector = SyncVectorEnv([lambda: gymnasium.make("Pendulum-v1")], copy=False, autoreset_mode=AutoresetMode.DISABLED)
+    env = GymVectorEnv(vector, [0])
+    first = env.reset()
+    before = first.copy()
+    env.step(np.ones((1, 1), dtype=np.float32))
+    np.testing.assert_array_equal(first, before)
 
 
 def test_state_cannot_be_saved_and_says_so() -> None:

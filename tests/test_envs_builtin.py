@@ -88,6 +88,9 @@ def test_the_car_stops_at_the_left_wall_and_arrives_only_with_speed_forward() ->
     step = env.step(np.array([[0.0], [1.0]], dtype=np.float32))
     assert step.terminated.tolist() == [False, True]
     assert step.reward[1] == pytest.approx(99.9)
+    env._state = np.array([[0.44, 0.44], [0.0150, 0.0100]])
+    step = env.step(np.zeros((2, 1), dtype=np.float32))
+    assert step.terminated.tolist() == [True, False], "0.4544 is at the goal, 0.4494 is not"
 
 
 @pytest.mark.parametrize("task", FULL, ids=lambda task: task.id)
@@ -189,6 +192,24 @@ def test_state_round_trip_is_exact(task) -> None:
         other.set_state(saved)
         for one, two in zip(rest, play(other, 31, seed=1), strict=True):
             assert_same(one, two)
+
+
+def test_saved_state_is_nobodys_buffer() -> None:
+    env = build("MountainCarContinuous-v0", [1], 3)
+    env.reset()
+    saved = env.get_state()
+    copies = {key: array.copy() for key, array in saved.items()}
+    env.reset()
+    env.set_state(saved)
+    env.reset()
+    for key, array in copies.items():
+        np.testing.assert_array_equal(saved[key], array, err_msg=key)
+
+
+def test_every_episode_has_the_whole_time_limit() -> None:
+    env = build("Pendulum-v1", [0], 2, max_episode_steps=4)
+    env.reset()
+    assert [bool(step.truncated.all()) for step in play(env, 12)] == [False, False, False, True] * 3
 
 
 def test_state_of_other_sizes_is_refused() -> None:

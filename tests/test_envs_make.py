@@ -81,7 +81,7 @@ def test_rows_of_a_vector_environment_are_shared_out() -> None:
 @pytest.mark.parametrize("wrong", [[], [1], ["CartPole-v1"], 3, gymnasium.make])
 def test_anything_else_is_refused(wrong: Any) -> None:
     unchecked = inspect.unwrap(make_from)  # the tests' own type checker would refuse it first, in other words
-    with pytest.raises(TypeError, match="must be an id, a gymnasium.vector.VectorEnv, or a list of functions"):
+    with pytest.raises(TypeError, match=r"must be an id, a gymnasium\.vector\.VectorEnv, or a list of functions"):
         unchecked(wrong, [0])
 
 

@@ -131,10 +131,13 @@ def test_resuming_without_a_file_starts_one_and_keeps_the_columns_of_an_older_on
     assert (tmp_path / "metrics.csv").read_text() == "time/total_timesteps,eval/mean\n4,1\n5,2\n"
 
 
-def test_a_half_written_row_is_not_read(tmp_path: Path) -> None:
+def test_a_half_written_row_is_neither_read_nor_continued(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("time/total_timesteps,eval/mean\n4,1\n5,2")
     assert read_metrics(tmp_path)["eval/mean"].tolist() == [1.0]
+    with MetricsWriter(tmp_path, 1, resume_step=5) as writer:
+        writer.write(6, {"eval/mean": 3.0})
+    assert path.read_text() == "time/total_timesteps,eval/mean\n4,1\n6,3\n"
     path.write_text("")
     assert read_metrics(tmp_path) == {}
     path.unlink()

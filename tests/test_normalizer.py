@@ -124,6 +124,13 @@ def test_normalize_brings_what_was_seen_to_unit_scale_and_changes_no_statistic()
     assert all(torch.equal(left, right) for left, right in zip(tensors(state), before, strict=True))
 
 
+def test_a_mean_that_float32_cannot_hold() -> None:
+    rows = torch.tensor([[2.0**24, 2.0**24 + 2]])  # neighbours in float32
+    state = RunningMoments.create(1)
+    state.update_(rows, torch.ones(1, 2, dtype=torch.bool))
+    torch.testing.assert_close(state.normalize(rows, clip=10.0), torch.tensor([[-1.0, 1.0]]))
+
+
 def test_normalize_takes_any_axes_between_and_clips() -> None:
     state = RunningMoments(
         mean=torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64),

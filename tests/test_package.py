@@ -160,3 +160,12 @@ def test_constraints_pin_every_dependency() -> None:
     assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line) for line in lines), lines
     assert "torch==2.13.0" in lines
     assert set(RUNTIME + DEVELOPMENT) <= {line.split("==")[0] for line in lines}
+
+
+def test_every_composition_is_kept_by_a_test_that_exists() -> None:
+    tables = (ROOT / "docs" / "composition.md").read_text().split("| pair | kept by |\n|---|---|\n")[1:]
+    rows = [line.strip("| ").split(" | ") for table in tables for line in table.split("\n\n")[0].strip().splitlines()]
+    assert [row[0] for row in rows if len(row) == 1] == [], "rows without a test"
+    for _, tests in rows:
+        for file, name in re.findall(r"`([^`:]+)::([^`]+)`", tests) or pytest.fail(f"no test is named in {tests!r}"):
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text()

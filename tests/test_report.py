@@ -189,7 +189,7 @@ def test_a_resumed_run_estimates_from_its_own_steps() -> None:
 
 def test_a_population_shows_mean_and_best() -> None:
     output, clock = io.StringIO(), Clock()
-    members = {f"rollout/ep_rew_mean/member_{index}": value for index, value in enumerate((1.0, math.nan, 300.0))}
+    members = {f"rollout/ep_rew_mean/member_{index}": value for index, value in enumerate((math.nan, 1.0, 300.0))}
     with LiveView(10, console=Console(file=output), clock=clock) as view:
         view.update(5, METRICS | members)
     assert "return 123.5 · best return 300.0 · length 67.0" in output.getvalue()

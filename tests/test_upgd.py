@@ -218,7 +218,7 @@ def test_states_saved_before_an_option_existed_load(cls: type) -> None:
 @pytest.mark.parametrize("cls", CLASSES)
 def test_copies_and_pickles(cls: type) -> None:
     p = nn.Parameter(torch.ones(3))
-    optimizer = cls([p], reference=True, max_grad_norm=0.25)
+    optimizer = cls([p], lr=0.1, protecting=False, max_grad_norm=0.25, reference=True)
     for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert (twin.reference, twin.max_grad_norm) == (True, 0.25)
         (q,) = twin.param_groups[0]["params"]
@@ -293,7 +293,6 @@ def test_diagnostics() -> None:
         ({"max_grad_norm": 0.0}, "max_grad_norm = 0.0"),
         ({"gating": "globl"}, "gating = 'globl'.*local, none.*did you mean 'global'"),
         ({"beta1": 1.5}, "beta1 = 1.5"),
-        ({"beta2": "x"}, "beta2 = 'x'"),
         ({"eps": 0.0}, "eps = 0.0"),
     ],
 )

@@ -84,12 +84,12 @@ def gate_of_top_weight(steps: int, **arguments: Any) -> float:
     w = torch.tensor([1.0, 0.5, -0.25], dtype=torch.float64)
     g = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
     p = torch.nn.Parameter(w.clone())
-    optimizer = UPGDW([p], lr=1e-12, weight_decay=0.0, sigma=0.0, **arguments)
+    optimizer = UPGDW([p], lr=1.0, weight_decay=0.0, sigma=0.0, **arguments)
     for _ in range(steps):
         p.data.copy_(w)
         p.grad = g.clone()
         optimizer.step()
-    return float((p.detach()[0] - w[0]) / 1e-12)
+    return float(p.detach()[0] - w[0])
 
 
 @pytest.mark.parametrize(("steps", "gate"), [(10, 0.0), (100, 2.7e-5), (1000, 0.17), (8000, 0.269)])

@@ -157,8 +157,8 @@ def restore_state_(state: object, tensors: Mapping[str, Tensor], prefix: str = "
             problems.append(f"{name}: {found} in the checkpoint, {expected} here")
     if problems:
         raise CheckpointError("the checkpoint does not fit this state:\n" + "\n".join(sorted(problems)))
-    for name, tensor in here.items():
-        tensor.copy_(saved[name])
+    for leaf in leaves(state, prefix):
+        leaf.restore_(saved[leaf.path])
 
 
 def _kind(tensor: Tensor) -> str:

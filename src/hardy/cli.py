@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from hardy import run
 from hardy.checkpoint import CheckpointError, package_version
@@ -89,12 +88,10 @@ def config(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def envs() -> None:
     """List the built-in environments; every other Gymnasium id works too."""
-    table = Table("id", "what it is", "observation", "action", "time limit", "parameters that may drift")
     for info in list_envs():
-        table.add_row(
-            info.id, info.description, info.observation, info.action, str(info.max_episode_steps), ", ".join(info.physics)
-        )
-    Console().print(table)
+        _say(f"{info.id}: {info.description}")
+        _say(f"    observation: {info.observation}; action: {info.action}; {info.max_episode_steps} steps at most")
+        _say(f"    may drift: {', '.join(info.physics)}")
 
 
 def _existing(folder: Path) -> Path:

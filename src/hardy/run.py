@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -108,6 +107,12 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: say(f"skipped {error}"))
     trainer = make_trainer(settings)
     document = trainer.restore(path)
+    if trainer.timesteps >= settings.total_timesteps:
+        raise ConfigError(
+            [
+                f"total_timesteps = {settings.total_timesteps}: {folder} is at {trainer.timesteps} steps already; give a larger number"
+            ]
+        )
     write_text_atomic(folder / CONFIG, dump_settings(settings))
     say(f"resuming {folder} at {trainer.timesteps:,} steps")
     return _Run(trainer, folder, say, elapsed=document["elapsed"]).to_the_end(trainer.timesteps)
@@ -134,62 +139,56 @@ class _Run:
         self.settings = trainer.settings
         self._began = time.monotonic() - elapsed
         self._saved = trainer.timesteps
+        self.evaluation: Evaluation | None = None
 
     def to_the_end(self, resume_step: int | None) -> Outcome:
         total = self.settings.total_timesteps
         status: Status = "failed"
-        evaluation = None
         with MetricsWriter(self.folder, len(self.trainer.seeds), resume_step) as writer:
             try:
                 with _interruptible() as interrupted, LiveView(total, self.folder.name, self.trainer.timesteps) as view:
                     while self.trainer.timesteps < total and not interrupted():
                         self._iterate(total, writer, view)
-                    status = "finished" if self.trainer.timesteps >= total else "interrupted"
                 self._save()
-                self._export()
-                if status == "finished":
-                    evaluation = self._evaluate(writer)
+                status = "interrupted" if self.evaluation is None else "finished"
             finally:
-                self._report(status, evaluation)
-        return Outcome(self.folder, status, evaluation)
+                write_summary(
+                    self.folder,
+                    seed=self.settings.seed,
+                    status=status,
+                    evaluation=None if self.evaluation is None else dataclasses.asdict(self.evaluation),
+                )
+                learning_curve(self.folder)
+        return Outcome(self.folder, status, self.evaluation)
 
     def _iterate(self, total: int, writer: MetricsWriter, view: LiveView) -> None:
-        metrics = self.trainer.iterate(total)
-        metrics["time/elapsed"] = self._elapsed
-        row = writer.write(self.trainer.timesteps, metrics)
-        view.update(self.trainer.timesteps, row)
-        if self.trainer.timesteps - self._saved >= self.settings.checkpoint.every:
+        trainer = self.trainer
+        metrics = trainer.iterate(total)
+        if trainer.timesteps - self._saved >= self.settings.checkpoint.every or trainer.timesteps >= total:
             self._save()
+        if trainer.timesteps >= total:
+            self.evaluation = self._evaluate()
+            metrics |= {f"eval/{name}": getattr(self.evaluation, name) for name in ("mean", "low", "high")}
+        metrics["time/elapsed"] = self._elapsed
+        view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
 
     @property
     def _elapsed(self) -> float:
         return time.monotonic() - self._began
 
     def _save(self) -> None:
+        if self._saved == self.trainer.timesteps:
+            return
         folder = self.folder / CHECKPOINTS
         folder.mkdir(exist_ok=True)
         self.trainer.save(checkpoint_path(folder, self.trainer.timesteps), {"elapsed": self._elapsed})
         prune_checkpoints(folder, self.settings.checkpoint.keep)
+        DistributionalPPO.of(self.trainer).export_policy(self.folder / POLICY)
         self._saved = self.trainer.timesteps
 
-    def _export(self) -> None:
-        DistributionalPPO.of(self.trainer).export_policy(self.folder / POLICY)
-
-    def _evaluate(self, writer: MetricsWriter) -> Evaluation:
+    def _evaluate(self) -> Evaluation:
         chosen = self.settings.evaluation
-        returns = self.trainer.evaluate(chosen.episodes, deterministic=chosen.deterministic)[0]
-        evaluation = summarise(returns)
-        names = ("mean", "low", "high")
-        writer.write(
-            self.trainer.timesteps,
-            {f"eval/{name}": getattr(evaluation, name) for name in names} | {"time/elapsed": self._elapsed},
-        )
-        return evaluation
-
-    def _report(self, status: Status, evaluation: Evaluation | None) -> None:
-        result: dict[str, Any] | None = None if evaluation is None else dataclasses.asdict(evaluation)
-        write_summary(self.folder, seed=self.settings.seed, status=status, evaluation=result)
-        learning_curve(self.folder)
+        return summarise(self.trainer.evaluate(chosen.episodes, deterministic=chosen.deterministic)[0])
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class Drift(BatchedEnv):
         # Both ends are tried now, so that an impossible range is refused here and not in the middle of a run.
         for name, ends in self.settings.ranges.items():
             require_name("drift.ranges", name, self._env.physics)
-            for value in (*ends, self._env.physics[name]):
+            for value in ends:
                 self._env.set_physics(name, np.full(self.num_envs, value))
 
     def _permuted_space(self) -> Box:
@@ -243,5 +243,4 @@ class Drift(BatchedEnv):
             if key not in state:
                 raise ValueError(f"environment state has no {key!r}: it was not saved from a drifting task")
         self._env.set_state(state["env"])
-        self._changes = None
         self.set_steps(np.asarray(state["drift_steps"]))

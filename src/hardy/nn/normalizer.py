@@ -73,9 +73,8 @@ class RunningMoments:
         total = (old + new).clamp(min=1)
         shift = mean - self.mean
         var = (self.var * old + squares + shift.square() * (old * new / total)) / total
-        seen = new > 0
-        self.var.copy_(torch.where(seen, var, self.var))
-        self.mean.copy_(torch.where(seen, self.mean + shift * (new / total), self.mean))
+        self.var.copy_(torch.where(new > 0, var, self.var))
+        self.mean.add_(shift * (new / total))
         self.count.add_(count)
 
     def normalize(self, x: Shaped[Tensor, "P ..."], clip: float, epsilon: float = 1e-8) -> Float[Tensor, "P ..."]:

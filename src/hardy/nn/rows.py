@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-SHORTEST_SHARE = 0.7
-"""Rows join the group of a longer row while they are at least this share of its length: padding against extra calls."""
-FEW_STEPS = 8
-"""Rows shorter than this join any group: their padding costs less than another kernel call."""
+CALL_COST = 150.0
+"""What one kernel call costs beside its steps, in steps of one row (measured with 64 to 256 units; it is no sharp optimum)."""
+STEP_COST = 1.2
+"""What one time step of a call costs beside its rows, in the same unit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +53,30 @@ def plan_rows(is_first: Bool[np.ndarray, "T E"], first_env: int, last_env: int, 
     use_stored = (begin == 0) & stored[env]
     order = np.argsort(-length, kind="stable")
     groups = []
-    at = 0
-    while at < order.size:
-        longest = int(length[order[at]])
-        shortest = 0 if longest < FEW_STEPS else longest * SHORTEST_SHARE
-        # Lengths fall along `order`, so the group is the run of rows that are long enough.
-        end = at + int(np.searchsorted(-length[order[at:]], -shortest, side="right"))
-        if order.size - end <= 1:
-            end = order.size
-        rows = order[at:end]
+    for first, last in _cheapest_cuts(length[order]):
+        rows = order[first:last]
+        longest = int(length[order[first]])
         groups.append(_group(longest, length[rows], begin[rows], env[rows] + first_env, use_stored[rows], envs, device))
-        at = end
     return groups
+
+
+def _cheapest_cuts(length: Int[np.ndarray, "rows"]) -> list[tuple[int, int]]:
+    """Cut rows, longest first, into runs whose calls and padding together cost least: dynamic programming over lengths."""
+    longest, first = np.unique(-length, return_index=True)
+    last = np.append(first[1:], len(length))
+    longest = -longest
+    cost = np.zeros(len(longest) + 1)
+    begin = np.zeros(len(longest) + 1, dtype=np.int64)
+    for end in range(1, len(longest) + 1):
+        options = cost[:end] + CALL_COST + longest[:end] * (STEP_COST + last[end - 1] - first[:end])
+        begin[end] = np.argmin(options)
+        cost[end] = options[begin[end]]
+    cuts = []
+    end = len(longest)
+    while end > 0:
+        cuts.append((int(first[begin[end]]), int(last[end - 1])))
+        end = int(begin[end])
+    return cuts
 
 
 def _group(

@@ -38,7 +38,7 @@ def effective_rank(features: Float[Tensor, "P N H"]) -> Float[Tensor, "P"]:
     # The decomposition fails for all members if one holds NaN.
     singular = torch.linalg.svdvals(torch.where(finite[:, None, None], features, 0.0))
     total = singular.sum(1, keepdim=True)
-    entropy = torch.special.entr(singular / torch.where(total > 0, total, 1.0)).sum(1)
+    entropy = torch.special.entr(singular / total).sum(1)
     rank = torch.where(total.squeeze(1) > 0, entropy.exp(), 0.0)
     return torch.where(finite, rank, torch.nan)
 

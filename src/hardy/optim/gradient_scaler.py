@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hardy.optim import vgs
-from hardy.optim.settings import Estimator, Scope
 from hardy.optim.transforms import columns, tensor_norms
 from hardy.optim.validation import Number, require_number, require_one_of
 
@@ -60,8 +59,8 @@ class VarianceGradientScaler:
         alpha: Number = 1.0,
         min_scale: Number = 0.01,
         warmup_steps: int = 20,
-        scope: Scope = "module",
-        estimator: Estimator = "ema",
+        scope: str = "module",
+        estimator: str = "ema",
         beta: Number = 0.9,
         signal_floor: Number = 1e-4,
     ) -> None:

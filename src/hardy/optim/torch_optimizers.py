@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, get_args, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from hardy.optim.transforms import Gating, Step, TensorOptions, chain, clip_by_m
 from hardy.optim.upgd import OptimizerName, UPGDState, perturb, upgd
 from hardy.optim.validation import Number, require_number, require_one_of
 
-GATINGS: tuple[Gating, ...] = ("global", "local", "none")
+GATINGS = get_args(Gating)
 _LATER_DEFAULTS = {"gating": "global", "protecting": True, "step_factor": 1.0, "adaptive_noise": True}
 _RUNTIME = ("reference", "max_grad_norm", "generator", "gradient_scaler", "diagnostics")
 
@@ -33,7 +33,7 @@ class _UPGDBase(Optimizer):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        gating: Gating,
+        gating: str,
         protecting: bool,
         adaptive_noise: bool | None,
         step_factor: Number | None,
@@ -83,17 +83,17 @@ class _UPGDBase(Optimizer):
     def step(self, closure: None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], Any]) -> Any: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient, in place.
 
         ``diagnostics`` then holds ``train/grad_norm`` (raw), ``upgd/utility_max``, ``upgd/noise_to_signal`` and, with a scaler,
         ``vgs/scaling_factor`` and ``vgs/normalized_variance``.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            closure: reevaluates the model and returns the loss, which is returned.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -228,7 +228,7 @@ class UPGD(_UPGDBase):
         sigma: Number = 0.001,
         adaptive_noise: bool | None = None,
         *,
-        gating: Gating = "global",
+        gating: str = "global",
         protecting: bool = True,
         step_factor: Number | None = None,
         reference: bool = False,
@@ -287,7 +287,7 @@ class AdaptiveUPGD(_UPGDBase):
         beta1: Number = 0.9,
         beta2: Number = 0.999,
         eps: Number = 1e-5,
-        gating: Gating = "global",
+        gating: str = "global",
         protecting: bool = True,
         step_factor: Number | None = None,
         reference: bool = False,

@@ -18,6 +18,7 @@ last (McCandlish et al. 2018, App. A.1). The signal is never taken below ``signa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -28,8 +29,8 @@ from hardy.optim.transforms import Step, Transform, columns, tensor_norms
 from hardy.optim.validation import require_one_of
 from hardy.population import copied, training_state
 
-ESTIMATORS: tuple[Estimator, ...] = ("ema", "microbatch")
-SCOPES: tuple[Scope, ...] = ("global", "module", "tensor")
+ESTIMATORS = get_args(Estimator)
+SCOPES = get_args(Scope)
 
 
 @training_state
@@ -66,7 +67,7 @@ class Scopes:
         ValueError: an unknown ``scope``.
     """
 
-    def __init__(self, names: Sequence[str], scope: Scope) -> None:
+    def __init__(self, names: Sequence[str], scope: str) -> None:
         require_one_of("scope", scope, SCOPES)
         labels = ["all" if scope == "global" else name if scope == "tensor" else name.split(".")[0] for name in names]
         self.names = list(dict.fromkeys(labels))
@@ -126,7 +127,7 @@ def shrinkage(
     return torch.maximum(1 / (1 + alpha * ratio), min_scale)
 
 
-def init_state(weights: Mapping[str, Tensor], estimator: Estimator) -> VGSState:
+def init_state(weights: Mapping[str, Tensor], estimator: str) -> VGSState:
     """Statistics of no gradient yet, for named, stacked weights."""
     first = next(iter(weights.values()))
     size = first.shape[0]
@@ -160,7 +161,7 @@ def update_statistics_(
     gradients: Sequence[Tensor],
     norms: Float[Tensor, "P K"],
     beta: Float[Tensor, "P 1"],
-    estimator: Estimator,
+    estimator: str,
     at: Int[Tensor, "K"] | None = None,
 ) -> None:
     """Take one update's raw gradient into the statistics, in place.
@@ -207,7 +208,7 @@ def scope_factors(
     return torch.where(warm, shrinkage(ratio, alpha, min_scale), 1.0), ratio
 
 
-def measure(scopes: Scopes, warmup_steps: int, estimator: Estimator) -> Transform:
+def measure(scopes: Scopes, warmup_steps: int, estimator: str) -> Transform:
     """First transformation of a chain: take the raw gradient into the statistics and set the step's factor."""
 
     def update(step: Step, state: VGSState) -> None:
