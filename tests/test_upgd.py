@@ -145,7 +145,7 @@ def test_closure_and_scheduler(cls: type) -> None:
 
     losses = []
     for _ in range(3):
-        losses.append(float(optimizer.step(closure)))
+        losses.append(float(optimizer.step(closure).detach()))
         scheduler.step()
     assert losses[2] < losses[0]
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 8)
@@ -180,7 +180,7 @@ def test_state_dict_round_trip_continues_bit_for_bit_whatever_the_noise(cls: typ
     train(model, first)
     twin = copy.deepcopy(model)
     second = cls(twin.parameters(), lr=1.0, sigma=0.0, adaptive_noise=adaptive_noise)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     train(model, first)
     train(twin, second)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):

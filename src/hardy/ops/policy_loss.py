@@ -39,8 +39,7 @@ def approx_kl(log_prob: Float[Tensor, "P *batch"], old_log_prob: Float[Tensor, "
     Unbiased, with a smaller variance than ``−log r``: the k3 estimator (Schulman 2020, "Approximating KL Divergence").
     """
     log_ratio = (log_prob - old_log_prob).clamp(max=_MAX_LOG_RATIO)
-    # In rounding, expm1(x) − x can fall a hair below 0.
-    return (log_ratio.expm1() - log_ratio).clamp(min=0)
+    return log_ratio.expm1() - log_ratio
 
 
 @torch.no_grad()
