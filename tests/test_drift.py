@@ -96,6 +96,18 @@ def test_start_and_number_of_changes() -> None:
     np.testing.assert_array_equal(values(env), values(build(drift, [0], drift_step=35)))
 
 
+def test_before_the_first_change_nothing_is_under_way() -> None:
+    index, fraction = permuted(over=4).progress(np.arange(0, 15, 2))
+    assert index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert fraction.tolist() == [1, 1, 1, 0, 0.5, 1, 0, 0.5]
+
+
+def test_parameters_are_drawn_independently() -> None:
+    env = build(physics(every=10), [3], drift_step=10)
+    places = [(values(env, name)[0] - low) / (high - low) for name, (low, high) in RANGES.items()]
+    assert abs(places[0] - places[1]) > 1e-6
+
+
 def test_another_parameter_does_not_change_the_draws_of_the_first() -> None:
     one = DriftSettings(kind="physics", every=10, ranges={"length": RANGES["length"]})
     np.testing.assert_array_equal(values(build(one, [3], drift_step=10)), values(build(physics(every=10), [3], drift_step=10)))

@@ -228,6 +228,29 @@ def test_a_swap_swaps() -> None:
     assert torch.equal(state.moments[0], second) and torch.equal(state.moments[1], first)
 
 
+def test_a_tensor_that_two_fields_share_is_copied_once() -> None:
+    """The learning rate is one tensor in the hyperparameters and in the optimizer."""
+
+    @training_state
+    class Shared:
+        rate: Tensor = copied()
+        optimizer: dict[str, Tensor] = copied()
+
+    rate = torch.tensor([0.1, 0.2])
+    exploit_(Shared(rate, {"lr": rate}), torch.tensor([1, 0]))
+    torch.testing.assert_close(rate, torch.tensor([0.2, 0.1]))
+
+
+@pytest.mark.parametrize("shape", [(), (P + 1,), (3, P)])
+def test_a_leaf_without_the_population_axis_is_refused_before_anything_is_written(shape: tuple[int, ...]) -> None:
+    state = outer()
+    state.layers.append((torch.zeros(P), torch.zeros(shape)))
+    before = snapshot(state)
+    with pytest.raises(ValueError, match=r"layers\.1\.1 has shape"):
+        exploit_(state, torch.tensor([4, 1, 2, 3, 0]))
+    assert all(torch.equal(leaf.tensor, before[leaf.path]) for leaf in leaves(state))
+
+
 def test_survivors_alone_change_nothing() -> None:
     state = outer()
     before = snapshot(state)
@@ -324,9 +347,9 @@ def test_the_mask_may_have_axes_of_length_one() -> None:
 
 def test_stream_seeds_are_the_same_on_every_machine() -> None:
     assert [stream_seed(0), stream_seed(0, "rollout"), stream_seed(3, "rollout", 2)] == [
-        7896617691693857887,
-        8107088066904768028,
-        2069772089645287295,
+        5621864261735219286,
+        2943707576100979090,
+        5308642721421294548,
     ]
 
 
@@ -337,6 +360,20 @@ def test_stream_seeds_differ_in_every_part_and_fit_63_bits(seed: int, stream: st
     assert 0 <= base < 2**63
     assert len({base, stream_seed(seed + 1, stream, member), stream_seed(seed, stream + "2", member)}) == 3
     assert base not in (stream_seed(seed, stream, member + 1), stream_seed(seed, stream))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ((0,), (0, 0)),
+        ((0, "a"), (0, 97)),
+        ((0, "a"), (0, "a\0")),
+        ((0, "abcd", "efgh"), (0, "abcdefgh")),
+        ((1 + (2 << 32),), (1, 2)),
+    ],
+)
+def test_streams_of_different_names_are_different_streams(left: tuple[Any, ...], right: tuple[Any, ...]) -> None:
+    assert stream_seed(*left) != stream_seed(*right)
 
 
 def drawn(generators: MemberGenerators) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,6 +387,14 @@ def test_a_member_draws_the_same_in_any_population() -> None:
     for member, seed in enumerate([11, 12, 13]):
         for all_members, alone in zip(together, drawn(MemberGenerators([seed], "noise")), strict=True):
             assert torch.equal(all_members[member], alone[0])
+
+
+def test_a_member_draws_the_same_into_any_layout() -> None:
+    """Time first in memory, the rows of three members have gaps and those of one have none."""
+    for draw in (MemberGenerators.normal_, MemberGenerators.uniform_):
+        three = draw(MemberGenerators([11, 12, 13], "noise"), torch.empty(17, 3, 5).transpose(0, 1))
+        one = draw(MemberGenerators([11], "noise"), torch.empty(17, 1, 5).transpose(0, 1))
+        assert torch.equal(three[0], one[0])
 
 
 def test_members_and_streams_draw_differently() -> None:

@@ -23,14 +23,12 @@ class Population:
     """A population of P copies of a few tensors, with everything a step needs."""
 
     def __init__(self, size: int, optimizer: dict[str, Any], vgs: dict[str, Any], dtype: torch.dtype = torch.float64) -> None:
-        self.optimizer_settings, vgs_settings = OptimizerSettings(**optimizer), VGSSettings(**vgs)
+        settings, vgs_settings = OptimizerSettings(**optimizer), VGSSettings(**vgs)
         generator = torch.Generator().manual_seed(7)
         self.parameters = {n: torch.randn(size, *s, generator=generator, dtype=dtype) for n, s in SHAPES.items()}
-        self.optimizer = PopulationOptimizer(
-            {n: p.shape for n, p in self.parameters.items()}, self.optimizer_settings, vgs_settings
-        )
+        self.optimizer = PopulationOptimizer({n: p.shape for n, p in self.parameters.items()}, settings, vgs_settings)
         self.state = self.optimizer.init(self.parameters)
-        numbers = {f"optimizer.{k}": v for k, v in tunables(self.optimizer_settings).items()}
+        numbers = {f"optimizer.{k}": v for k, v in tunables(settings).items()}
         numbers |= {f"vgs.{k}": v for k, v in tunables(vgs_settings).items()}
         self.hyper = {name: expand(value, size, dtype=dtype) for name, value in numbers.items()}
         self.noise = MemberGenerators(list(range(size)), "noise")

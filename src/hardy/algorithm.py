@@ -74,7 +74,7 @@ class DistributionalPPO:
             raise ValueError(f"policy = {policy!r}: allowed are {', '.join(POLICIES)}{nearest(policy, POLICIES)}")
         if isinstance(env, VectorEnv):
             num_envs = env.num_envs
-        elif not isinstance(env, str):
+        elif isinstance(env, Sequence) and not isinstance(env, str):
             num_envs = len(env)
         settings = settings_from_dict(
             RunSettings,
@@ -175,9 +175,11 @@ class DistributionalPPO:
             if np.shape(state) != tuple(recurrent.shape[1:]):
                 raise ValueError(f"state has shape {np.shape(state)}: {count} observations need {tuple(recurrent.shape[1:])}")
             recurrent = torch.as_tensor(state).to(recurrent).unsqueeze(0)
-        starts = np.broadcast_to(False if episode_start is None else episode_start, (count,))
+        starts = np.asarray(False if episode_start is None else episode_start, dtype=bool)
+        if starts.shape not in ((), (count,)):
+            raise ValueError(f"episode_start has shape {starts.shape}: {count} observations need ({count},)")
         distribution, _, recurrent = self.policy.step(
-            self._normalize(obs), recurrent, torch.tensor(starts, dtype=torch.bool, device=obs.device).unsqueeze(0)
+            self._normalize(obs), recurrent, torch.tensor(np.broadcast_to(starts, (count,)), device=obs.device).unsqueeze(0)
         )
         if deterministic:
             chosen = distribution.mode()
@@ -241,12 +243,15 @@ class DistributionalPPO:
             CheckpointError: the file is unreadable, or holds several members.
             ValueError: ``env`` has other spaces than the model was trained on.
         """
-        tensors, document = load_tensors(Path(path))
+        path = _with_suffix(path)
+        tensors, document = load_tensors(path)
         if len(document.get("seeds", [0])) != 1:
             raise CheckpointError(f"{path}: holds a population of {len(document['seeds'])}; allowed is a single agent")
         settings = settings_from_dict(RunSettings, document["settings"])
         model = cls.__new__(cls)
         model._spaces = space_from(document["observation_space"]), space_from(document["action_space"])
+        if env is not None and document["kind"] == "policy":
+            raise ValueError(f"env is given, but {path} holds a policy alone, which cannot learn: load what save() wrote")
         source = settings.env.id if env is None and settings.env.id != PYTHON_ENV else env
         if source is not None and document["kind"] != "policy":
             trainer = _trainer(settings, source)
@@ -254,6 +259,7 @@ class DistributionalPPO:
             kept = {name: leaf for name, leaf in tensors.items() if not name.startswith((*EPISODE_STATE, ENVIRONMENT))}
             restore_state_(trainer.state, {**_episode_state(trainer), **kept})
             trainer.iteration = document["iteration"]
+            trainer.restart_episodes()
             return cls.of(trainer)
         model.trainer = None
         model.settings = settings
@@ -271,7 +277,7 @@ class DistributionalPPO:
         Raises:
             CheckpointError: the file is unreadable, or belongs to another shape.
         """
-        self._copy_policy(load_tensors(Path(path))[0])
+        self._copy_policy(load_tensors(_with_suffix(path))[0])
         self.reset_lstm_states_to_initial()
 
     @torch.no_grad()

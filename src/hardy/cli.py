@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Config = Annotated[Path, typer.Argument(help="YAML file; configs/ has examples.", show_default=False)]
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; configs/ has examples.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace those of the file.", show_default=False),

@@ -142,7 +142,7 @@ class ActorCritic(nn.Module):
         Returns:
             The action distribution, the quantiles of the return, and the state after this step.
         """
-        state = torch.where(is_first.unsqueeze(-1), torch.zeros_like(state), state)
+        state = state.masked_fill(is_first.unsqueeze(-1), 0.0)
         if self.core is not None:
             actor_features, state = self.core.step(obs, state)
             critic_features = actor_features

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast, dataclass_transform
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
 _RULE = "exploit_rule"
@@ -140,7 +140,8 @@ def exploit_(state: object, source: Int[Tensor, "P"]) -> None:
     Storage is written in place: no leaf changes its address. Sources are read before any row is written.
 
     Raises:
-        ValueError: ``source`` names a member outside the population.
+        ValueError: ``source`` names a member outside the population, or a leaf to be copied or reset has not one row for
+            each member.
     """
     size = source.shape[0]
     if bool(((source < 0) | (source >= size)).any()):
@@ -149,9 +150,15 @@ def exploit_(state: object, source: Int[Tensor, "P"]) -> None:
     if not bool(replaced.any()):
         return
     rows = replaced.nonzero().squeeze(1)
+    copies: dict[int, Tensor] = {}  # a tensor that two fields share is copied once: twice would undo a swap
     for leaf in leaves(state):
+        shape = tuple(leaf.tensor.shape)
+        if leaf.rule is not ExploitRule.KEEP and shape[:1] != (size,):
+            raise ValueError(f"{leaf.path} has shape {shape}: a population of {size} needs {size} rows first")
         if leaf.rule is ExploitRule.COPY:
-            leaf.tensor[rows] = leaf.tensor[source[rows]]
+            copies[id(leaf.tensor)] = leaf.tensor
+    for tensor in copies.values():
+        tensor[rows] = tensor[source[rows]]
     reset_(state, replaced)
 
 
@@ -215,12 +222,16 @@ def stream_seed(seed: int, *stream: int | str) -> int:
 
     The same (seed, stream) gives the same number on every machine, whatever the size of the population.
     """
-    words = [int.from_bytes(part.encode(), "little") if isinstance(part, str) else part for part in stream]
-    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # A hash of the written-out list: every part counts, whatever its type, length or trailing zeros.
+    parts = [part if isinstance(part, str) else int(part) for part in (seed, *stream)]
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 class MemberGenerators:
     """One CPU random generator per member, so that a member draws the same numbers in any population.
+
+    Numbers are drawn into fresh memory and then copied: torch draws other numbers into memory with gaps, and rows of a
+    population have gaps where a single agent's have none. So a member's numbers depend on neither layout nor device.
 
     Args:
         seeds: one seed per member.
@@ -236,13 +247,13 @@ class MemberGenerators:
     def normal_(self, out: Tensor, members: Bool[Tensor, "P"] | None = None) -> Tensor:
         """Fill ``out [P, ...]`` with standard normal numbers; members outside ``members`` neither draw nor change."""
         for index, generator in self._selected(members):
-            out[index].normal_(generator=generator)
+            out[index] = torch.empty(out.shape[1:], dtype=out.dtype).normal_(generator=generator)
         return out
 
     def uniform_(self, out: Tensor, members: Bool[Tensor, "P"] | None = None) -> Tensor:
         """Fill ``out [P, ...]`` with numbers uniform in [0, 1); members outside ``members`` neither draw nor change."""
         for index, generator in self._selected(members):
-            out[index].uniform_(generator=generator)
+            out[index] = torch.empty(out.shape[1:], dtype=out.dtype).uniform_(generator=generator)
         return out
 
     def permutations(self, length: int, members: Bool[Tensor, "P"] | None = None) -> Int[Tensor, "P length"]:
@@ -252,11 +263,11 @@ class MemberGenerators:
             drawn[index] = torch.randperm(length, generator=generator)
         return drawn
 
-    def get_state(self) -> Int[Tensor, "P bytes"]:
+    def get_state(self) -> UInt8[Tensor, "P bytes"]:
         """The generators' states as bytes, one row per member."""
         return torch.stack([generator.get_state() for generator in self.generators])
 
-    def set_state(self, state: Int[Tensor, "P bytes"]) -> None:
+    def set_state(self, state: UInt8[Tensor, "P bytes"]) -> None:
         """Restore what `get_state` returned."""
         if state.shape[0] != len(self):
             raise ValueError(f"state of {state.shape[0]} generators for a population of {len(self)}")

@@ -108,68 +108,64 @@ def collect(
         noise: the members' generators for their actions.
     """
     members, envs, _ = state.obs.shape
-    block = (members, steps, envs)
-    raw_obs = state.obs.new_empty(*block, policy.observation_size)
-    is_first, terminated, truncated, valid = (state.is_first.new_empty(block) for _ in range(4))
-    log_prob, value, reward = (state.obs.new_empty(block) for _ in range(3))
-    final_value = state.obs.new_zeros(block)
-    action: list[Tensor] = []
     action_noise = policy.draw_noise(noise, steps, envs)
     initial_state = state.recurrent.clone()
+    final_value = state.obs.new_zeros(members, steps, envs)
     recurrent = state.recurrent
+    acted: list[tuple[Tensor, ...]] = []
+    outcomes: list[EnvStep] = []
     for t in range(steps):
-        raw_obs[:, t], is_first[:, t] = state.obs, state.is_first
         distribution, quantiles, recurrent = policy.step(normalize(state.obs), recurrent, state.is_first)
-        action.append(distribution.sample(action_noise[:, t]))
-        log_prob[:, t] = distribution.log_prob(action[t])
-        value[:, t] = quantiles.mean(-1)
-        step = env.step(action[t].flatten(0, 1).cpu().numpy())
-        for buffer, given in (
-            (reward, step.reward),
-            (terminated, step.terminated),
-            (truncated, step.truncated),
-            (valid, step.valid),
-        ):
-            buffer[:, t] = torch.from_numpy(given).view(members, envs)
+        action = distribution.sample(action_noise[:, t])
+        acted.append((state.obs.clone(), state.is_first.clone(), action, distribution.log_prob(action), quantiles))
+        step = env.step(action.flatten(0, 1).cpu().numpy())
+        outcomes.append(step)
         if step.final_obs is not None and step.truncated.any():
             final_obs = normalize(policy.flatten(step.final_obs, members))
             final_value[:, t] = policy.step(final_obs, recurrent, torch.zeros_like(state.is_first))[1].mean(-1)
         state.obs.copy_(policy.flatten(step.obs, members))
         state.is_first.copy_(torch.from_numpy(step.is_first).view(members, envs))
-        _count_episodes(state, step, members)
+        _count_episodes(state, step)
     state.recurrent.copy_(recurrent)
     # An observation that was not finite would otherwise stay in the memory until its episode ends.
     reset_memory_(state, ~recurrent.isfinite().all(-1))
-    last_value = policy.step(normalize(state.obs), recurrent, state.is_first)[1].mean(-1)
+    raw_obs, is_first, actions, log_prob, quantile_block = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
+    reward, terminated, truncated, valid = (
+        torch.from_numpy(np.stack([getattr(step, name) for step in outcomes])).view(steps, members, envs).transpose(0, 1)
+        for name in ("reward", "terminated", "truncated", "valid")
+    )
+    value = quantile_block.mean(-1)
+    last_value = policy.step(normalize(state.obs), state.recurrent, state.is_first)[1].mean(-1)
     following = torch.cat([value[:, 1:], last_value.unsqueeze(1)], dim=1)
+    truncated = truncated.to(policy.device)
     return Rollout(
         raw_obs=raw_obs,
         obs=normalize(raw_obs),
         is_first=is_first,
-        action=torch.stack(action, dim=1),
+        action=actions,
         log_prob=log_prob,
         value=value,
         next_value=torch.where(truncated, final_value, following),
-        reward=reward,
-        terminated=terminated,
+        reward=reward.to(value),
+        terminated=terminated.to(policy.device),
         truncated=truncated,
-        valid=valid,
+        valid=valid.to(policy.device),
         initial_state=initial_state,
     )
 
 
-def _count_episodes(state: CollectorState, step: EnvStep, members: int) -> None:
-    valid = torch.from_numpy(step.valid).view(members, -1)
-    reward = torch.from_numpy(step.reward).view(members, -1)
-    state.episode_return.add_(torch.where(valid, reward, torch.zeros_like(reward)))
+def _count_episodes(state: CollectorState, step: EnvStep) -> None:
+    shape = state.episode_return.shape
+    valid = torch.from_numpy(step.valid).view(shape)
+    state.episode_return.add_(torch.where(valid, torch.from_numpy(step.reward).view(shape), 0.0))
     state.episode_length.add_(valid)
     if step.final_obs is None:
         return
-    ended = torch.from_numpy(step.terminated | step.truncated).view(members, -1)
+    ended = torch.from_numpy(step.terminated | step.truncated).view(shape)
     for member, index in ended.nonzero().tolist():
         slot = int(state.episodes[member]) % RECENT_EPISODES
         state.recent_returns[member, slot] = state.episode_return[member, index]
-        state.recent_lengths[member, slot] = state.episode_length[member, index].to(state.recent_lengths.dtype)
+        state.recent_lengths[member, slot] = float(state.episode_length[member, index])
         state.episodes[member] += 1
     state.episode_return.masked_fill_(ended, 0.0)
     state.episode_length.masked_fill_(ended, 0)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import gymnasium
 import numpy as np
 from scipy import stats
 
 from hardy.algorithm import DistributionalPPO
 from hardy.checkpoint import checkpoint_path, latest_checkpoint, prune_checkpoints, read_document, write_text_atomic
-from hardy.config import ConfigError, dump_settings, load_settings
+from hardy.config import ConfigError, dump_settings, load_settings, tunables
 from hardy.console import LiveView
+from hardy.envs import make
 from hardy.metrics import MetricsWriter
 from hardy.report import Status, learning_curve, write_summary
 from hardy.trainer import RunSettings, Trainer
@@ -52,18 +56,23 @@ class Outcome:
 
 
 def new_folder(settings: RunSettings, name: str) -> Path:
-    """A fresh folder ``<artifacts_dir>/<name>-seed<seed>``, with a number behind it where that exists already."""
+    """A fresh folder ``<artifacts_dir>/<name>-seed<seed>``, with a number behind it where that exists already.
+
+    Raises:
+        ConfigError: no folder can be made there.
+    """
     base = Path(settings.artifacts_dir)
     stem = f"{name}-seed{settings.seed}"
-    number = 1
-    while True:
-        folder = base / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return folder
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            with suppress(FileExistsError):
+                folder = base / (stem if number == 1 else f"{stem}-{number}")
+                folder.mkdir()
+                break
+    except OSError as error:
+        raise ConfigError([f"artifacts_dir = '{base}': no folder can be made there: {error}"]) from error
+    return folder
 
 
 def make_trainer(settings: RunSettings, seeds: list[int] | None = None) -> Trainer:
@@ -73,7 +82,13 @@ def make_trainer(settings: RunSettings, seeds: list[int] | None = None) -> Train
         ConfigError: a setting that only the parts themselves can judge is impossible, such as an unknown environment.
     """
     try:
-        return Trainer(settings, seeds)
+        env = make(settings.env, [settings.seed] if seeds is None else seeds)
+    except (TypeError, ImportError, gymnasium.error.Error) as error:  # what env.kwargs or a missing extra make an id raise
+        raise ConfigError([f"env.id = '{settings.env.id}', env.kwargs = {settings.env.kwargs}: {error}"]) from error
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    try:
+        return Trainer(settings, seeds, env)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 
@@ -103,15 +118,19 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
         ConfigError: the folder holds no configuration, or it does not fit with ``overrides``.
         CheckpointError: there is no usable checkpoint, or it is of another structure.
     """
+    before = load_settings(RunSettings, folder / CONFIG)
     settings = load_settings(RunSettings, folder / CONFIG, overrides)
+    if settings.seed != before.seed:
+        raise ConfigError([f"seed = {settings.seed}: {folder} began with seed {before.seed}, which cannot change any more"])
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: say(f"skipped {error}"))
     trainer = make_trainer(settings)
     document = trainer.restore(path)
+    for name, value in tunables(settings).items():
+        if value != tunables(before).get(name):  # else the checkpoint's, which may have been tuned since
+            trainer.state.hyper[name].fill_(value)
     if trainer.timesteps >= settings.total_timesteps:
         raise ConfigError(
-            [
-                f"total_timesteps = {settings.total_timesteps}: {folder} is at {trainer.timesteps} steps already; give a larger number"
-            ]
+            [f"total_timesteps = {settings.total_timesteps}: {folder} is at {trainer.timesteps} already; give a larger number"]
         )
     write_text_atomic(folder / CONFIG, dump_settings(settings))
     say(f"resuming {folder} at {trainer.timesteps:,} steps")
@@ -126,7 +145,7 @@ def evaluate(folder: Path, episodes: int | None, seed: int | None) -> Evaluation
         CheckpointError: there is no usable checkpoint.
     """
     settings = load_settings(RunSettings, folder / CONFIG)
-    path = latest_checkpoint(folder / CHECKPOINTS)
+    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=2))
     trainer = make_trainer(settings, seeds=read_document(path)["seeds"])
     trainer.restore(path)
     chosen = settings.evaluation
@@ -147,8 +166,10 @@ class _Run:
         with MetricsWriter(self.folder, len(self.trainer.seeds), resume_step) as writer:
             try:
                 with _interruptible() as interrupted, LiveView(total, self.folder.name, self.trainer.timesteps) as view:
-                    while self.trainer.timesteps < total and not interrupted():
+                    while self.trainer.timesteps < total:
                         self._iterate(total, writer, view)
+                        if interrupted():  # not before the first iteration: what has no checkpoint cannot be resumed
+                            break
                 self._save()
                 status = "interrupted" if self.evaluation is None else "finished"
             finally:
@@ -164,13 +185,14 @@ class _Run:
     def _iterate(self, total: int, writer: MetricsWriter, view: LiveView) -> None:
         trainer = self.trainer
         metrics = trainer.iterate(total)
-        if trainer.timesteps - self._saved >= self.settings.checkpoint.every or trainer.timesteps >= total:
-            self._save()
         if trainer.timesteps >= total:
             self.evaluation = self._evaluate()
             metrics |= {f"eval/{name}": getattr(self.evaluation, name) for name in ("mean", "low", "high")}
         metrics["time/elapsed"] = self._elapsed
         view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
+        # After the row: a kill in between repeats the iteration, the other order would lose its row.
+        if trainer.timesteps - self._saved >= self.settings.checkpoint.every:
+            self._save()
 
     @property
     def _elapsed(self) -> float:

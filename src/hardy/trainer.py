@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
 from hardy.config import Settings, tunables
-from hardy.envs import BatchedEnv, EnvSettings, make
+from hardy.envs import BatchedEnv, Drift, EnvSettings, make
 from hardy.nn.normalizer import NormalizerSettings, ReturnNormalizer, RunningMoments
 from hardy.nn.parallel import set_threads
 from hardy.ops.plasticity import dormant_fraction, effective_rank, weight_norm
@@ -64,7 +64,7 @@ class RunSettings(Settings):
     """Environment steps of one member, rounded up to whole rollouts."""
     artifacts_dir: str = Field("artifacts", min_length=1)
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """Processor threads; ``null`` takes every core the process may use."""
     env: EnvSettings
     policy: PolicySettings = PolicySettings()
@@ -248,6 +248,12 @@ class Trainer:
         finally:
             env.close()
 
+    def restart_episodes(self) -> None:
+        """Start a new episode in every environment, a drifting task brought to where the training stands."""
+        if isinstance(self.env, Drift):
+            self.env.set_steps(self.state.timesteps.numpy())
+        restart_(self.state.collector, self.env, self.policy)
+
     def document(self) -> dict[str, Any]:
         """What a saved file says about this run besides its tensors."""
         return {
@@ -290,7 +296,7 @@ class Trainer:
         restore_state_(self.state, tensors)
         self.iteration = document["iteration"]
         if document["environment"] is None:
-            restart_(self.state.collector, self.env, self.policy)
+            self.restart_episodes()
         else:
             named = {name.removeprefix(ENVIRONMENT): array for name, array in arrays.items()}
             self.env.set_state({**document["environment"], **named})

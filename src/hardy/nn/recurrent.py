@@ -134,8 +134,11 @@ class StackedRecurrent(nn.Module):
 
 
 def _lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
-    cell = torch.sigmoid(forget_gate) * cell + torch.sigmoid(input_gate) * torch.tanh(candidate)
+    size = cell.shape[-1]
+    # Input and forget gate lie side by side: one call for both, since a step is bound by the number of calls.
+    input_forget, candidate, output_gate = gates.split([2 * size, size, size], dim=-1)
+    input_gate, forget_gate = torch.sigmoid(input_forget).split(size, dim=-1)
+    cell = torch.addcmul(input_gate * torch.tanh(candidate), forget_gate, cell)
     return torch.sigmoid(output_gate) * torch.tanh(cell), cell
 
 
