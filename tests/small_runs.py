@@ -26,8 +26,8 @@ TINY = {
 EVERYTHING = {
     "env": {"drift": {"kind": "physics", "every": 40, "ranges": {"gravity": [5.0, 15.0]}}},
     "policy": {"memory": "lstm", "layer_norm": True},
-    "optimizer": {"name": "AdaptiveUPGD", "lr": 0.01, "sigma": 0.1},
-    "ppo": {"ent_coef": 0.01, "target_kl": 0.01, "lr_schedule": "linear", "clip_schedule": "cosine"},
+    "optimizer": {"name": "AdaptiveUPGD", "lr": 0.1, "sigma": 0.1},
+    "ppo": {"ent_coef": 0.01, "target_kl": 0.003, "lr_schedule": "linear", "clip_schedule": "cosine"},
 }
 """Every part that has a switch, switched on."""
 
@@ -143,3 +143,11 @@ class Primes(BatchedEnv):
 def trainer(settings, seeds=(3,), dtype=torch.float64, env=None):
     """A trainer of members with these seeds, in double precision unless asked otherwise."""
     return Trainer(settings, list(seeds), env=env, dtype=dtype)
+
+
+def rollout_shapes(P, T, E, O, action, S):  # noqa: E741
+    """Shapes of a rollout's fields."""
+    block = (P, T, E)
+    names = ("is_first", "log_prob", "value", "next_value", "reward", "terminated", "truncated", "valid")
+    special = {"raw_obs": (*block, O), "obs": (*block, O), "action": (*block, *action), "initial_state": (P, E, S)}
+    return {**special, **dict.fromkeys(names, block)}

@@ -147,9 +147,8 @@ def losses_under_hard_scaling(adaptive_noise: bool, seed: int) -> Tensor:
 
 
 def test_training_under_hard_scaling_is_stable_and_steadier_than_with_fixed_noise() -> None:
-    for seed in range(2):
-        adaptive, fixed = (losses_under_hard_scaling(mode, seed) for mode in (True, False))
-        assert adaptive.isfinite().all()
-        assert fixed.isfinite().all()
-        assert adaptive.var() < 0.5 * fixed.var()
-        assert adaptive.mean() < fixed.mean()
+    runs = {mode: torch.stack([losses_under_hard_scaling(mode, seed) for seed in range(3)]) for mode in (True, False)}
+    assert all(losses.isfinite().all() for losses in runs.values())
+    variance = {mode: float(losses.var(dim=1).mean()) for mode, losses in runs.items()}
+    assert variance[True] < 0.5 * variance[False]
+    assert runs[True].mean() < runs[False].mean()

@@ -51,6 +51,7 @@ class DistributionalPPO:
     Raises:
         ConfigError: a setting is unknown or impossible.
         ValueError: an unknown policy or environment, or spaces that are not supported.
+        TypeError: ``env`` is none of these.
     """
 
     def __init__(
@@ -72,17 +73,13 @@ class DistributionalPPO:
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy = {policy!r}: allowed are {', '.join(POLICIES)}{nearest(policy, POLICIES)}")
-        if isinstance(env, VectorEnv):
-            num_envs = env.num_envs
-        elif isinstance(env, Sequence) and not isinstance(env, str):
-            num_envs = len(env)
         settings = settings_from_dict(
             RunSettings,
             {
                 "seed": seed,
                 "device": device,
                 "threads": threads,
-                "env": {"id": env if isinstance(env, str) else PYTHON_ENV, "num_envs": num_envs, "drift": drift},
+                "env": {"num_envs": num_envs, **_described(env), "drift": drift},
                 "policy": {"memory": POLICIES[policy], **(policy_kwargs or {})},
                 "optimizer": {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer),
                 "vgs": {"enabled": vgs} if isinstance(vgs, bool) else dict(vgs),
@@ -190,7 +187,7 @@ class DistributionalPPO:
             action = np.clip(action, action_space.low, action_space.high)
         elif isinstance(action_space, gymnasium.spaces.Discrete):
             action = action + int(action_space.start)
-        return action[0] if single else action, recurrent[0].cpu().numpy() if self.policy.state_size else None
+        return action.squeeze(0) if single else action, recurrent[0].cpu().numpy() if self.policy.state_size else None
 
     def _normalize(self, obs: Tensor) -> Tensor:
         settings = self.settings.normalizer
@@ -241,13 +238,17 @@ class DistributionalPPO:
 
         Raises:
             CheckpointError: the file is unreadable, or holds several members.
-            ValueError: ``env`` has other spaces than the model was trained on.
+            ConfigError: the model's settings do not fit the number of environments in ``env``.
+            ValueError: ``env`` has other spaces than the model was trained on, or the file is a policy, which cannot learn.
         """
         path = _with_suffix(path)
         tensors, document = load_tensors(path)
         if len(document.get("seeds", [0])) != 1:
             raise CheckpointError(f"{path}: holds a population of {len(document['seeds'])}; allowed is a single agent")
-        settings = settings_from_dict(RunSettings, document["settings"])
+        described = document["settings"]
+        if env is not None:
+            described["env"] |= _described(env)
+        settings = settings_from_dict(RunSettings, described)
         model = cls.__new__(cls)
         model._spaces = space_from(document["observation_space"]), space_from(document["action_space"])
         if env is not None and document["kind"] == "policy":
@@ -304,6 +305,18 @@ class DistributionalPPO:
 
 def _episode_state(trainer: Trainer) -> dict[str, Tensor]:
     return {name: leaf for name, leaf in flatten_state(trainer.state).items() if name.startswith(EPISODE_STATE)}
+
+
+def _described(env: EnvLike) -> dict[str, Any]:
+    if isinstance(env, str):
+        return {"id": env}
+    if isinstance(env, VectorEnv):
+        return {"id": PYTHON_ENV, "num_envs": env.num_envs}
+    if isinstance(env, Sequence):
+        return {"id": PYTHON_ENV, "num_envs": len(env)}
+    raise TypeError(
+        f"env = {env!r}: must be an id, a gymnasium.vector.VectorEnv, or a list of functions that make environments"
+    )
 
 
 def _trainer(settings: RunSettings, env: EnvLike) -> Trainer:

@@ -267,17 +267,12 @@ class Trainer:
 
     def save(self, path: Path, document: Mapping[str, Any]) -> None:
         """Write the whole training state, environments included where they can be saved, to one file, atomically."""
-        tensors = flatten_state(self.state)
         environment = self.env.get_state()
-        described: dict[str, Any] = {}
-        for name, value in (environment or {}).items():
-            if isinstance(value, np.ndarray):
-                tensors[ENVIRONMENT + name] = torch.from_numpy(value)
-            else:
-                described[name] = value
-        save_tensors(path, tensors, {
-            **document, **self.document(), "kind": "checkpoint", "environment": None if environment is None else described,
-        })  # fmt: skip
+        arrays, rest = _split_arrays(environment or {})
+        tensors = flatten_state(self.state)
+        tensors |= {ENVIRONMENT + name: torch.from_numpy(array) for name, array in arrays.items()}
+        saved = None if environment is None else rest
+        save_tensors(path, tensors, {**document, **self.document(), "kind": "checkpoint", "environment": saved})
 
     def restore(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint of the same structure; returns its document.
@@ -296,13 +291,41 @@ class Trainer:
         restore_state_(self.state, tensors)
         self.iteration = document["iteration"]
         if document["environment"] is None:
-            self.restart_episodes()
+            restart_(self.state.collector, self.env, self.policy)
+            if isinstance(self.env, Drift):
+                self.env.set_steps(self.state.timesteps.numpy())
         else:
             named = {name.removeprefix(ENVIRONMENT): array for name, array in arrays.items()}
-            self.env.set_state({**document["environment"], **named})
+            self.env.set_state(_join_arrays(named, document["environment"]))
         return document
 
 
 def mean_over_members(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Each metric as one number: the mean over the members that have it, NaN where none does."""
     return {name: float(value.double().nanmean()) if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
+
+def _split_arrays(tree: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of nested mappings under their paths (``a/b``), and the mappings without them."""
+    arrays: dict[str, np.ndarray] = {}
+    rest: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, np.ndarray):
+            arrays[name] = value
+        elif isinstance(value, Mapping):
+            inner, rest[name] = _split_arrays(value)
+            arrays |= {f"{name}/{path}": array for path, array in inner.items()}
+        else:
+            rest[name] = value
+    return arrays, rest
+
+
+def _join_arrays(arrays: Mapping[str, np.ndarray], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_split_arrays` took apart."""
+    joined: dict[str, Any] = dict(rest)
+    for name, value in rest.items():
+        if isinstance(value, Mapping):
+            prefix = f"{name}/"
+            inner = {path.removeprefix(prefix): array for path, array in arrays.items() if path.startswith(prefix)}
+            joined[name] = _join_arrays(inner, value)
+    return joined | {path: array for path, array in arrays.items() if "/" not in path}

@@ -1,1 +1,1 @@
-"""Pure maths on tensors: returns, quantiles, the policy loss, divergences, schedules, plasticity measures."""
+"""Pure maths on tensors: returns, quantiles, the policy loss, schedules, plasticity measures."""

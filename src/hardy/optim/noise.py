@@ -21,4 +21,5 @@ def standard_normal_like(tensors: Sequence[Tensor], fill_: Callable[[Tensor], ob
     buffer = torch.zeros(size, sum(lengths), dtype=dtype if uniform else torch.float32)
     fill_(buffer)
     parts = buffer.to(tensors[0].device).split(lengths, dim=1)
-    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
+    noise = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return noise if uniform else [part.to(tensor.dtype) for part, tensor in zip(noise, tensors, strict=True)]

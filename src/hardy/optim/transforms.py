@@ -110,7 +110,9 @@ def chain(*transforms: Transform) -> Transform:
 def columns(matrix: Shaped[Tensor, "#P #K"], like: Sequence[Tensor]) -> list[Tensor]:
     """Column k of a matrix in the shape and dtype that broadcast against tensor k: ``[P, 1, ..., 1]``."""
     size, dtype = like[0].shape[0], like[0].dtype
-    entries = matrix.to(dtype).expand(size, len(like)).unbind(1)
+    entries = matrix.to(dtype).expand(size, matrix.shape[1]).unbind(1)
+    if len(entries) < len(like):
+        entries = entries * len(like)
     if any(tensor.dtype != dtype for tensor in like):
         entries = tuple(entry.to(tensor.dtype) for entry, tensor in zip(entries, like, strict=True))
     if size == 1:

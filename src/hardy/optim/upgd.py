@@ -154,10 +154,9 @@ def _apply_gates(step: Step) -> None:
     chosen = [k for k in step.gates if step.options[k].protecting]
     if not chosen:
         return
-    gated = torch._foreach_mul([step.direction[k] for k in chosen], [step.gates[k] for k in chosen])
-    step.direction = list(step.direction)
-    for k, value in zip(chosen, gated, strict=True):
-        step.direction[k] = value
+    if step.direction is step.gradients:
+        step.direction = [gradient.clone() if k in chosen else gradient for k, gradient in enumerate(step.gradients)]
+    torch._foreach_mul_([step.direction[k] for k in chosen], [step.gates[k] for k in chosen])
     step.coefficient = torch.where(_mask(step, chosen), step.coefficient * step.hyper["step_factor"], step.coefficient)
 
 
