@@ -22,6 +22,7 @@ from hardy.config import ConfigError, Settings, load_settings, settings_from_dic
 from hardy.envs import list_envs, make
 from hardy.metrics import METRICS
 from hardy.optim.transforms import Gating
+from hardy.policy import ActorCritic, CriticSettings, PolicySettings
 from hardy.trainer import RunSettings
 
 ROOT = Path(__file__).parents[1]
@@ -31,14 +32,17 @@ PREFIX = "<prefix>"
 SECTIONS = {name for name, field in RunSettings.model_fields.items() if "Settings" in str(field.annotation)}
 
 
-def blocks(document: Path, language: str) -> list[str]:
-    """The fenced code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: Path, *languages: str) -> list[str]:
+    """The fenced code blocks in these languages."""
+    return [text for language, text in FENCE.findall(document.read_text()) if language in languages]
 
 
 def prose(document: Path) -> str:
     """A document without its code blocks."""
-    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return FENCE.sub("", document.read_text())
 
 
 def table(document: Path, first_columns: str) -> list[list[str]]:
@@ -121,12 +125,21 @@ def test_a_documented_key_has_its_default_its_range_and_its_mark(key: str) -> No
     assert meaning
 
 
+@pytest.fixture(scope="module")
+def parameters() -> list[str]:
+    """Names of the parameters of policies with a shared memory and without."""
+    env = make(load_settings(RunSettings, None, COMPLETE).env, [0], num_envs=1)
+    spaces = env.observation_space, env.action_space
+    shapes = [PolicySettings(shared_memory=shared, head=(2,)) for shared in (True, False)]
+    return [name for shape in shapes for name, _ in ActorCritic(*spaces, shape, CriticSettings(), [0]).named_parameters()]
+
+
 @EVERY_DOCUMENT
-def test_keys_and_metrics_named_in_a_text_exist(document: Path) -> None:
+def test_keys_and_metrics_named_in_a_text_exist(document: Path, parameters: list[str]) -> None:
     for name in re.findall(r"`([a-z_]+\.[a-z_.<>]+)(?:=[^`]*)?`", prose(document)):
         section, _, rest = name.partition(".")
         if section in SECTIONS and rest not in ("py", "safetensors"):
-            assert name in KEYS, f"{name} is no key"
+            assert name in KEYS or any(full.startswith(f"{name}.") for full in parameters), f"{name} is no key"
     groups = {metric.split("/")[0] for metric in METRICS}
     for name in re.findall(r"`([a-z]+/[a-z_]+)`", prose(document)):
         assert name.split("/")[0] not in groups or name in METRICS, f"{name} is no metric"
@@ -156,26 +169,36 @@ def test_the_published_step_factors_are_those_of_the_reference() -> None:
 
 
 def test_the_table_of_tasks_is_the_listing() -> None:
-    documented = [[cell.strip("`") for cell in row] for row in table(ROOT / "docs" / "environments.md", "id | what")]
+    documented = [
+        [cell.strip("`") for cell in row] for row in table(ROOT / "docs" / "environments.md", "id | what the agent sees")
+    ]
     listed = [
         [info.id, info.observation, info.action, str(info.max_episode_steps), ", ".join(info.physics)] for info in list_envs()
     ]
     assert documented == listed
-    modes = [row[0].strip("`") for row in table(ROOT / "docs" / "environments.md", "mode")]
+    modes = [row[0].strip("`") for row in table(ROOT / "docs" / "environments.md", "mode | what the environment does")]
     assert sorted(modes) == sorted(mode.name for mode in AutoresetMode)
 
 
 # ---------------------------------------------------------------------------------------------------------------- examples
 
 
+QUICK = {"n_steps": 16, "n_epochs": 1}
+
+
 def small(code: str) -> str:
-    """An example with every training cut to one iteration."""
-    return re.sub(r"total_timesteps=[\d_]+", "total_timesteps=1", code)
+    """An example with every training cut to one iteration and every long loop to some steps."""
+    return re.sub(r"range\(\d{3,}\)", "range(30)", re.sub(r"total_timesteps=[\d_]+", "total_timesteps=1", code))
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/optimizers.md", "docs/environments.md"])
 def test_python_examples_run_one_after_the_other(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        hardy.algorithm,
+        "settings_from_dict",
+        lambda cls, tree: settings_from_dict(cls, {**tree, "ppo": {**tree["ppo"], **QUICK}}),
+    )
     examples = blocks(ROOT / name, "python")
     assert examples
     space: dict[str, Any] = {"__name__": "example"}
@@ -196,7 +219,7 @@ def test_yaml_examples_are_configurations_whose_task_exists(document: Path, tmp_
 
 def shell_lines(document: Path) -> Iterator[list[str]]:
     """The words of every command in the shell examples, comments left out."""
-    for block in blocks(document, "(?:sh)?"):
+    for block in blocks(document, "sh", ""):
         for line in block.splitlines():
             words = shlex.split(line, comments=True) if line.startswith(("make ", "hardy ")) else []
             if words:
@@ -254,4 +277,3 @@ def test_tests_named_in_a_text_exist(document: Path) -> None:
         assert (ROOT / "tests" / file).exists(), file
     for file, name in re.findall(r"`(?:tests/)?(\w+\.py)::(\w+)`", text):
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
-

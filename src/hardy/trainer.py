@@ -291,12 +291,13 @@ class Trainer:
         restore_state_(self.state, tensors)
         self.iteration = document["iteration"]
         if document["environment"] is None:
-            restart_(self.state.collector, self.env, self.policy)
-            if isinstance(self.env, Drift):
-                self.env.set_steps(self.state.timesteps.numpy())
-        else:
-            named = {name.removeprefix(ENVIRONMENT): array for name, array in arrays.items()}
+            self.restart_episodes()
+            return document
+        named = {name.removeprefix(ENVIRONMENT): array for name, array in arrays.items()}
+        try:
             self.env.set_state(_join_arrays(named, document["environment"]))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: holds the state of other environments: {error}") from error
         return document
 
 
