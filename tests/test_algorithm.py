@@ -152,7 +152,11 @@ def test_the_seed_decides_everything() -> None:
         ({"env": "CartPoleNoVel-v2"}, ValueError, ["CartPoleNoVel-v2", "CartPoleNoVel-v1"]),
         ({"env": []}, ConfigError, ["env.num_envs = 0", "> 0"]),
         ({"env": [Walk]}, ConfigError, ["ppo.n_minibatches = 2", "env.num_envs = 1"]),
-        ({"optimizer": "adaptiveUPGD"}, ConfigError, ["optimizer.name", "adaptiveUPGD", "UPGDW", "did you mean 'AdaptiveUPGD'"]),
+        (
+            {"optimizer": "adaptiveUPGD"},
+            ConfigError,
+            ["optimizer.name", "adaptiveUPGD", "UPGDW", "did you mean 'AdaptiveUPGD'"],
+        ),
         ({"optimizer": {"lr": -1.0}}, ConfigError, ["optimizer.lr = -1.0", "> 0"]),
         ({"optimizer": {"overrides": {"acter": {}}}}, ValueError, ["acter", "did you mean 'actor'"]),
         ({"vgs": {"alhpa": 1.0}}, ConfigError, ["vgs.alhpa", "did you mean 'alpha'"]),
@@ -487,7 +491,7 @@ def test_a_loaded_model_takes_the_environment_it_is_given(tmp_path: Path) -> Non
     fewer = DistributionalPPO.load(path, env=[lambda: gymnasium.make("CartPole-v1")] * 2)
     assert fewer.settings.env.num_envs == 2
     assert fewer.learn(16).trainer.timesteps == 48  # type: ignore[union-attr]
-    with pytest.raises(ConfigError, match="n_minibatches = 2: at most env.num_envs = 1"):
+    with pytest.raises(ConfigError, match=r"n_minibatches = 2: at most env.num_envs = 1"):
         DistributionalPPO.load(path, env=[lambda: gymnasium.make("CartPole-v1")])
     with pytest.raises(ValueError, match="env has observation space"):
         DistributionalPPO.load(path, env="CartPoleNoVel-v1")
@@ -517,6 +521,6 @@ def test_what_cannot_be_loaded_is_explained(tmp_path: Path) -> None:
     larger = make_model(policy_kwargs={"memory_size": 9})
     before = weights(larger)
     path.write_bytes(whole)
-    with pytest.raises(CheckpointError, match="another policy: parameters.core"):
+    with pytest.raises(CheckpointError, match=r"another policy: parameters\.core"):
         larger.load_parameters(path)
     assert are_equal(before, weights(larger))

@@ -30,8 +30,6 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 EVERY_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 PREFIX = "<prefix>"
 SECTIONS = {name for name, field in RunSettings.model_fields.items() if "Settings" in str(field.annotation)}
-
-
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 

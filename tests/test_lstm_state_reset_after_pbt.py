@@ -40,9 +40,7 @@ def collector(model: DistributionalPPO) -> Any:
 def next_step(policy: DistributionalPPO, running: DistributionalPPO) -> tuple[np.ndarray, np.ndarray | None]:
     """What ``policy`` does next in the training environments of ``running``, from the memory that lies there."""
     state = collector(running)
-    return policy.predict(
-        state.obs[0].numpy(), state.recurrent[0].numpy(), state.is_first[0].numpy(), deterministic=True
-    )
+    return policy.predict(state.obs[0].numpy(), state.recurrent[0].numpy(), state.is_first[0].numpy(), deterministic=True)
 
 
 @pytest.mark.parametrize("policy", ["MlpLstmPolicy", "MlpGruPolicy"])
@@ -190,9 +188,7 @@ def test_an_exploit_starts_the_replaced_memory_anew(population: Trainer) -> None
 def test_what_an_exploit_copies_differed_before(population: Trainer) -> None:
     # Otherwise the test above could not fail for it. Counts of steps and settings are the same for all members by nature.
     alike = {
-        leaf.path
-        for leaf in leaves(population.state)
-        if leaf.rule is ExploitRule.COPY and same(leaf.tensor[0], leaf.tensor[2])
+        leaf.path for leaf in leaves(population.state) if leaf.rule is ExploitRule.COPY and same(leaf.tensor[0], leaf.tensor[2])
     }
     differing = {leaf.path for leaf in leaves(population.state) if leaf.rule is ExploitRule.COPY} - alike
     assert {path for path in differing if path.startswith("parameters.")} == {

@@ -39,10 +39,11 @@ def _say(message: str) -> None:
     Console(highlight=False).print(message, soft_wrap=True, markup=False)
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         _say(f"hardy {package_version()}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
