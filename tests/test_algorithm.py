@@ -284,6 +284,19 @@ def test_what_is_not_a_number_is_skipped_and_counted(broken: str, policy: str, s
     assert not are_equal(frozen, weights(model))
 
 
+def test_a_memory_that_is_not_a_number_does_not_outlive_its_rollout() -> None:
+    class Endless(Walk):
+        def reset(self, **kwargs: Any) -> tuple[NDArray[np.float32], Any]:
+            obs, info = super().reset(**kwargs)
+            self.left = 10**6
+            return obs, info
+
+    log = learn(make_model(env=[lambda: Endless(None, "observation")] * 4), 5 * 32)
+    skipped = [metrics["train/skipped_updates"] for metrics in log]
+    assert skipped[0] > 0 and skipped[1] > 0
+    assert skipped[2:] == [0, 0, 0]  # though no episode has ended, which would have reset the memory
+
+
 def test_an_infinite_reward_is_clipped() -> None:
     model = make_model(env=walks(4, None, "infinite")[1])
     log = learn(model, 4 * 24)
