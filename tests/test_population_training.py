@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_runs import EVERYTHING, Primes, assert_same, member, rollout_shapes, snapshot, tiny, trainer
 
+from hardy import DistributionalPPO
 from hardy.checkpoint import CheckpointError
 from hardy.envs import make_from
 from hardy.population import ExploitRule, MemberGenerators, exploit_, leaves
@@ -229,13 +230,18 @@ def test_where_environments_cannot_be_saved_new_episodes_begin(tmp_path):
     other.iterate(LONG)
 
 
-def test_a_checkpoint_of_another_population_or_kind_is_refused(tmp_path):
+def test_a_checkpoint_of_other_members_environments_shapes_or_kind_is_refused(tmp_path):
     run = trainer(tiny(), [1, 2])
     run.save(tmp_path / "two.safetensors", {})
     with pytest.raises(CheckpointError, match="holds 2 members, the run has 3"):
         trainer(tiny(), [1, 2, 3]).restore(tmp_path / "two.safetensors")
     with pytest.raises(CheckpointError, match=r"memory|recurrent"):
         trainer(tiny(policy={"memory_size": 6}), [1, 2]).restore(tmp_path / "two.safetensors")
+    with pytest.raises(CheckpointError, match="state of other environments"):
+        trainer(tiny(env=EVERYTHING["env"]), [1, 2]).restore(tmp_path / "two.safetensors")
+    policy = DistributionalPPO.of(trainer(tiny(), [1])).export_policy(tmp_path / "policy")
+    with pytest.raises(CheckpointError, match="a policy file cannot be continued"):
+        trainer(tiny(), [1]).restore(policy)
 
 
 def test_streams_of_a_member_are_independent():

@@ -131,7 +131,8 @@ def test_each_member_trains_with_its_own_hyperparameter():
     """Written into the state, each number reaches that member's update and nobody else's."""
     states = {}
     for name in (None, *NUMBERS):
-        run = trainer(tiny(optimizer={"lr": 0.3}, ppo={"n_epochs": 3}), [1, 2])
+        # Rewards unscaled: γ would otherwise reach the update through their scale alone.
+        run = trainer(tiny(optimizer={"lr": 0.3}, ppo={"n_epochs": 3}, normalizer={"reward": False}), [1, 2])
         if name is not None:
             run.state.hyper[name][1] = run.state.hyper[name][1] * 0.1 + 0.01
         run.iterate(LONG)

@@ -24,6 +24,8 @@ from hardy.rollout import reset_memory_
 from hardy.trainer import ENVIRONMENT, RunSettings, Trainer, mean_over_members
 
 POLICIES = {"MlpPolicy": "none", "MlpLstmPolicy": "lstm", "MlpGruPolicy": "gru"}
+DEFAULT_MINIBATCHES = 4
+"""With fewer environments, one for each: a minibatch holds whole sequences."""
 PYTHON_ENV = "python"
 """Stands for the id where the environment was given as an object."""
 EPISODE_STATE = ("collector.", "reward.running_return")
@@ -73,17 +75,18 @@ class DistributionalPPO:
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy = {policy!r}: allowed are {', '.join(POLICIES)}{nearest(policy, POLICIES)}")
+        described = {"num_envs": num_envs, **_described(env), "drift": drift}
         settings = settings_from_dict(
             RunSettings,
             {
                 "seed": seed,
                 "device": device,
                 "threads": threads,
-                "env": {"num_envs": num_envs, **_described(env), "drift": drift},
+                "env": described,
                 "policy": {"memory": POLICIES[policy], **(policy_kwargs or {})},
                 "optimizer": {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer),
                 "vgs": {"enabled": vgs} if isinstance(vgs, bool) else dict(vgs),
-                "ppo": dict(ppo or {}),
+                "ppo": {"n_minibatches": min(DEFAULT_MINIBATCHES, described["num_envs"]), **(ppo or {})},
                 "critic": dict(critic or {}),
                 "normalizer": dict(normalizer or {}),
             },

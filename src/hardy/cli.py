@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -75,7 +76,11 @@ def evaluate(
 ) -> None:
     """Mean return of a run's newest checkpoint with its 95 % interval; weights and statistics stay frozen."""
     result = run.evaluate(_existing(folder), episodes, seed)
-    _say(json.dumps(dataclasses.asdict(result)) if as_json else _sentence(result))
+    if as_json:  # which has neither NaN nor infinity
+        numbers = dataclasses.asdict(result).items()
+        _say(json.dumps({name: value if math.isfinite(value) else None for name, value in numbers}))
+    else:
+        _say(_sentence(result))
 
 
 @app.command()

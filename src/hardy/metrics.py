@@ -54,7 +54,7 @@ _ALL = (
     Metric("train/clip_fraction", "1", "share of the samples whose probability ratio was clipped", "0.02 to 0.3"),
     Metric("train/explained_variance", "1", "share of the variance of the returns that the critic explains", "above 0.5"),
     Metric("train/grad_norm", "1", "norm of the raw gradient, before clipping", "steady"),
-    Metric("train/skipped_updates", "updates", "updates left out so far because a number was not finite", "0"),
+    Metric("train/skipped_updates", "updates", "updates of the iteration left out because a number was not finite", "0"),
     Metric("vgs/scaling_factor", "1", "mean factor by which VGS scales the update", "0.2 to 1"),
     Metric("vgs/normalized_variance", "1", "noise-to-signal ratio of the gradient", "below 4"),
     Metric("upgd/noise_to_signal", "1", "RMS of UPGD's perturbation over the RMS of the update", "sigma"),

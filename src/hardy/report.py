@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from hardy.checkpoint import package_version, write_bytes_atomic, write_json_atomic
 from hardy.metrics import STEP, read_metrics
+from hardy.nn.parallel import available_cores
 
 Status = Literal["finished", "interrupted", "failed"]
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
@@ -85,7 +85,7 @@ def write_summary(
         "return_last_100_episodes": _number(_last(metrics, "rollout/ep_rew_mean")),
         "evaluation": {name: _number(evaluation.get(name)) for name in ("mean", "low", "high", "episodes")},
         "versions": {"python": platform.python_version()} | {name: package_version(name) for name in _VERSIONS},
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": _cores()},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": available_cores()},
     }
     if error is not None:
         summary["error"] = error
@@ -178,8 +178,3 @@ def _last(metrics: Mapping[str, np.ndarray], name: str) -> float:
 def _number(value: float | int | None) -> float | int | None:
     # JSON has neither NaN nor infinity.
     return value if value is not None and math.isfinite(value) else None
-
-
-def _cores() -> int:
-    # Those this process may use, which in a container are fewer than the machine has.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

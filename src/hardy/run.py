@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -163,6 +164,7 @@ class _Run:
     def to_the_end(self, resume_step: int | None) -> Outcome:
         total = self.settings.total_timesteps
         status: Status = "failed"
+        error = None
         with MetricsWriter(self.folder, len(self.trainer.seeds), resume_step) as writer:
             try:
                 with _interruptible() as interrupted, LiveView(total, self.folder.name, self.trainer.timesteps) as view:
@@ -172,12 +174,16 @@ class _Run:
                             break
                 self._save()
                 status = "interrupted" if self.evaluation is None else "finished"
+            except BaseException as failure:
+                error = f"{type(failure).__name__}: {failure}"
+                raise
             finally:
                 write_summary(
                     self.folder,
                     seed=self.settings.seed,
                     status=status,
                     evaluation=None if self.evaluation is None else dataclasses.asdict(self.evaluation),
+                    error=error,
                 )
                 learning_curve(self.folder)
         return Outcome(self.folder, status, self.evaluation)
@@ -224,7 +230,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked = True
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Only the main thread may set handlers; in another one, whoever owns the main thread decides.
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: asked
     finally:

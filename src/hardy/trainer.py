@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, resto
 from hardy.config import Settings, tunables
 from hardy.envs import BatchedEnv, Drift, EnvSettings, make
 from hardy.nn.normalizer import NormalizerSettings, ReturnNormalizer, RunningMoments
-from hardy.nn.parallel import set_threads
+from hardy.nn.parallel import available_cores, set_threads
 from hardy.ops.plasticity import dormant_fraction, effective_rank, weight_norm
 from hardy.optim import OptimizerSettings, OptimizerState, PopulationOptimizer, VGSSettings
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings, describe_space
@@ -135,7 +134,7 @@ class Trainer:
         self.settings = settings
         self.seeds = [settings.seed] if seeds is None else list(seeds)
         self.iteration = 0
-        set_threads(settings.threads or len(os.sched_getaffinity(0)))
+        set_threads(settings.threads or available_cores())
         members = len(self.seeds)
         self.env = make(settings.env, self.seeds, settings.env.num_envs) if env is None else env
         self.policy = ActorCritic(
