@@ -184,8 +184,8 @@ class PPO:
                 running = running & self._within_target(metrics["train/approx_kl"])
                 finite = _finite(gradients)
                 trained = running & finite
-                if trained.any():
-                    metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, noise, trained)
+                # Called with nobody to train as well: it forgets the microbatches that were observed.
+                metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, noise, trained)
                 totals.add(metrics, trained)
                 totals.skipped += (running & ~finite).to(totals.skipped.dtype)
             if not running.any():

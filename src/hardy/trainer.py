@@ -252,6 +252,7 @@ class Trainer:
         if isinstance(self.env, Drift):
             self.env.set_steps(self.state.timesteps.numpy())
         restart_(self.state.collector, self.env, self.policy)
+        self.state.reward.running_return.zero_()
 
     def document(self) -> dict[str, Any]:
         """What a saved file says about this run besides its tensors."""

@@ -33,6 +33,8 @@ class WorkerPool:
             everyone_started = threading.Barrier(threads)
 
             def start() -> None:
+                # A thread's first question copies the process's setting, which would later undo its own.
+                torch.get_num_threads()
                 torch.set_num_threads(1)
                 everyone_started.wait()
 
