@@ -155,20 +155,18 @@ def collect(
 
 
 def _count_episodes(state: CollectorState, step: EnvStep) -> None:
-    shape = state.episode_return.shape
-    valid = torch.from_numpy(step.valid).view(shape)
-    state.episode_return.add_(torch.where(valid, torch.from_numpy(step.reward).view(shape), 0.0))
-    state.episode_length.add_(valid)
+    # On views as arrays: a few numbers at a time, every step, are cheaper there than as tensors.
+    running_return, running_length = state.episode_return.numpy(), state.episode_length.numpy()
+    running_return += np.where(step.valid, step.reward, 0.0).reshape(running_return.shape)
+    running_length += step.valid.reshape(running_length.shape)
     if step.final_obs is None:
         return
-    ended = torch.from_numpy(step.terminated | step.truncated).view(shape)
-    for member, index in ended.nonzero().tolist():
-        slot = int(state.episodes[member]) % RECENT_EPISODES
-        state.recent_returns[member, slot] = state.episode_return[member, index]
-        state.recent_lengths[member, slot] = float(state.episode_length[member, index])
-        state.episodes[member] += 1
-    state.episode_return.masked_fill_(ended, 0.0)
-    state.episode_length.masked_fill_(ended, 0)
+    returns, lengths, episodes = state.recent_returns.numpy(), state.recent_lengths.numpy(), state.episodes.numpy()
+    for member, index in np.argwhere((step.terminated | step.truncated).reshape(running_return.shape)):
+        slot = episodes[member] % RECENT_EPISODES
+        returns[member, slot], lengths[member, slot] = running_return[member, index], running_length[member, index]
+        episodes[member] += 1
+        running_return[member, index] = running_length[member, index] = 0
 
 
 @torch.no_grad()
