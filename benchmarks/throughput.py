@@ -41,6 +41,8 @@ class Work:
     epochs: int = 4
     minibatches: int = 4
     learning_rate: float = 3e-4
+    quantiles: int = 1
+    """Of Hardy's critic; one gives exactly the peer's network of 132,867 weights."""
     warmup: int = 1
     """Iterations that are not measured; at least one."""
 
@@ -96,13 +98,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-def compare(num_envs: int, threads: int, repeats: int, steps: int, libraries: list[str]) -> dict[str, Any]:
+def compare(num_envs: int, threads: int, repeats: int, steps: int, quantiles: int, libraries: list[str]) -> dict[str, Any]:
     """Alternate the libraries ``repeats`` times at one size; medians, and the ratio of Hardy to the peer."""
     iterations = max(steps // (num_envs * Work.num_steps), 2)
     runs: dict[str, list[dict[str, Any]]] = {library: [] for library in libraries}
     for repeat in range(repeats):
         for library in libraries:
-            result = measure(library, Work(num_envs, threads, iterations, seed=repeat))
+            result = measure(library, Work(num_envs, threads, iterations, seed=repeat, quantiles=quantiles))
             runs[library].append(result)
             print(
                 f"N = {num_envs:3d}, {threads} threads, repeat {repeat + 1}/{repeats}: {library:12s}"
@@ -114,6 +116,7 @@ def compare(num_envs: int, threads: int, repeats: int, steps: int, libraries: li
         "num_envs": num_envs,
         "threads": threads,
         "iterations": iterations,
+        "quantiles": quantiles,
         "median": {library: statistics.median(values) for library, values in speed.items()},
         "runs": runs,
     }
@@ -147,10 +150,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads per process (2)")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each library and size (5)")
     parser.add_argument("--steps", type=int, default=40_000, help="environment steps measured per repeat (40000)")
+    parser.add_argument("--quantiles", type=int, default=1, help="of Hardy's critic; 1 is the peer's network (1)")
     parser.add_argument("--only", choices=LIBRARIES, help="measure one library alone")
     arguments = parser.parse_args()
     libraries = [arguments.only] if arguments.only else list(LIBRARIES)
-    rows = [compare(n, arguments.threads, arguments.repeats, arguments.steps, libraries) for n in arguments.envs]
+    rows = [
+        compare(n, arguments.threads, arguments.repeats, arguments.steps, arguments.quantiles, libraries)
+        for n in arguments.envs
+    ]
     host = machine()
     report(rows, host)
     path = RESULTS / f"{Path(arguments.out).stem}.json"

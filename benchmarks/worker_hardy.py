@@ -1,7 +1,7 @@
 """Worker: trains Hardy on the common work and reports its speed. The protocol is that of `benchmarks.peer_sb3_contrib`.
 
-The network is the peer's. What Hardy does on top stays on, as a user gets it: quantile critic, AdaptiveUPGD with VGS,
-normalised observations and rewards. So the comparison counts more work for Hardy, not less.
+The network is the peer's. What Hardy does on top stays on, as a user gets it: AdaptiveUPGD with VGS and normalised
+observations and rewards. So the comparison counts more work for Hardy, not less.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
         "CartPoleNoVel-v1",
         num_envs=work["num_envs"],
         optimizer={"name": "AdaptiveUPGD", "lr": work["learning_rate"]},
+        critic={"quantiles": work["quantiles"]},
         policy_kwargs={"encoder": [work["hidden"]], "memory_size": work["hidden"], "shared_memory": True},
         ppo={"n_steps": work["num_steps"], "n_epochs": work["epochs"], "n_minibatches": work["minibatches"]},
         seed=work["seed"],
