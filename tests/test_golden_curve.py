@@ -39,7 +39,7 @@ def curve():
     """The metrics of each iteration, by name ``[iteration][member]``."""
     settings = tiny(
         EVERYTHING, env={"max_episode_steps": 20}, policy={"memory_size": 8}, optimizer={"lr": 0.03, "sigma": 0.01},
-        ppo={"n_steps": 16, "target_kl": None},
+        vgs={"alpha": 1.0}, ppo={"n_steps": 16, "target_kl": None},
     )  # fmt: skip
     run = trainer(settings, [3, 4])
     metrics = [run.iterate(6 * run.steps_per_iteration) for _ in range(6)]

@@ -27,7 +27,7 @@ class OptimizerSettings(Settings):
     """
 
     name: Literal["AdaptiveUPGD", "UPGD", "UPGDW"] = "AdaptiveUPGD"
-    lr: float = tunable(3e-4, gt=0)
+    lr: float = tunable(4e-3, gt=0)
     weight_decay: float = tunable(0.0, ge=0)
     beta_utility: float = tunable(0.999, ge=0, lt=1)
     sigma: float = tunable(0.001, ge=0)
@@ -45,12 +45,14 @@ class OptimizerSettings(Settings):
 class VGSSettings(Settings):
     """Settings of the variance gradient scaler; `hardy.optim.vgs` explains the terms.
 
-    ``warmup_steps`` counts updates during which the factor is 1; 20 is about the window of the averages at ``beta`` = .9.
-    ``microbatches`` is how many parts each minibatch is cut into for the ``microbatch`` estimator.
+    ``alpha`` is below the 1 that is best for a single gradient: a reinforcement learner's gradients are mostly noise, which
+    many small steps average out (docs/optimizers.md compares). ``warmup_steps`` counts updates during which the factor is 1; 20
+    is about the window of the averages at ``beta`` = .9. ``microbatches`` is how many parts each minibatch is cut into for the
+    ``microbatch`` estimator.
     """
 
     enabled: bool = True
-    alpha: float = tunable(1.0, ge=0)
+    alpha: float = tunable(0.05, ge=0)
     min_scale: float = tunable(0.01, gt=0, le=1)
     beta: float = tunable(0.9, gt=0, lt=1)
     signal_floor: float = tunable(1e-4, gt=0, lt=1)
