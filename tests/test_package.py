@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -71,20 +74,48 @@ def test_one_version_everywhere() -> None:
     assert hardy.__version__ == PROJECT["version"] == newest
 
 
-def test_the_wheel_holds_everything(tmp_path: Path) -> None:
+def build(tmp_path: Path, kind: str, **environment: str) -> Path:
+    """The "wheel" or "sdist" that setuptools makes of a copy of this tree."""
     tree = tmp_path / "tree"
-    shutil.copytree(SOURCE, tree / "src" / "hardy", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    shutil.copytree(SOURCE, tree / "src" / "hardy", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    build = "from setuptools import build_meta; build_meta.build_wheel('..')"
-    done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True)
+    script = f"from setuptools import build_meta; print(build_meta.build_{kind}('..'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tree, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    return tmp_path / done.stdout.splitlines()[-1]
+
+
+def compiled_in(held: set[str]) -> list[str]:
+    return [name for name in held if re.fullmatch(r"hardy/nn/_recurrence\..+\.(so|pyd)", name)]
+
+
+def test_the_wheel_holds_everything(tmp_path: Path) -> None:
+    wheel = build(tmp_path, "wheel")
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
     information = f"hardy-{PROJECT['version']}.dist-info"
     assert {str(file.relative_to(SOURCE.parent)) for file in FILES} <= held
     assert {"hardy/py.typed", f"{information}/licenses/LICENSE", f"{information}/entry_points.txt"} <= held
+    compiler = sysconfig.get_config_var("CXX") or "c++"
+    assert len(compiled_in(held)) == (shutil.which(compiler.split()[0]) is not None)
+
+
+def test_a_compiler_that_fails_does_not_stop_the_build(tmp_path: Path) -> None:
+    wheel = build(tmp_path, "wheel", CC="false", CXX="false")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    assert {str(file.relative_to(SOURCE.parent)) for file in FILES} <= held
+    assert compiled_in(held) == []
+
+
+def test_the_source_distribution_can_be_compiled(tmp_path: Path) -> None:
+    with tarfile.open(build(tmp_path, "sdist")) as archive:
+        held = {name.split("/", 1)[-1] for name in archive.getnames()}
+    wanted = {str(file.relative_to(ROOT)) for file in [*FILES, *SOURCE.rglob("*.cpp"), *SOURCE.rglob("*.h")]}
+    assert wanted | {"setup.py", "pyproject.toml"} <= held
 
 
 def test_the_licence_is_the_declared_one() -> None:

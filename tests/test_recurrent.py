@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hardy.nn import compiled, recurrent
 from hardy.nn.parallel import pool, set_threads
 from hardy.nn.recurrent import StackedRecurrent
 from hardy.nn.rows import plan_rows
@@ -17,11 +18,21 @@ from hardy.nn.rows import plan_rows
 KINDS = ("lstm", "gru")
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"], autouse=True)
-def threads(request):
-    set_threads(request.param)
-    yield
-    set_threads(1)
+# Where the compiled library is missing, test_compiled.py says so; what PyTorch does is tested everywhere.
+PATHS = ["torch", "compiled"] if compiled.available() else ["torch"]
+
+
+@pytest.fixture(params=[(path, threads) for path in PATHS for threads in (1, 3)], ids=str, autouse=True)
+def path(request):
+    """Both ways of running a sequence, on one thread and on several, however little there is to do."""
+    path, threads = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARDY_COMPILED", str(int(path == "compiled")))
+        patch.setattr(compiled, "SMALLEST_PART", 1)
+        patch.setattr(recurrent, "WORTH_THREADS", 0)
+        set_threads(threads)
+        yield path
+        set_threads(1)
 
 
 def make(kind, members, inputs, hidden, layers, dtype=torch.float32):
@@ -71,16 +82,16 @@ def test_values_and_gradients_equal_torch_on_each_episode(kind, members, layers,
         torch.testing.assert_close(module(x, state, is_first), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), [("lstm", torch.float32), ("lstm", torch.float64), ("gru", torch.float64)])
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_a_sequence_equals_a_plain_loop_of_steps(kind, data):
+def test_a_sequence_equals_a_plain_loop_of_steps(kind, dtype, data):
     members, steps, envs = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 5)))
     chance = data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    module = make(kind, members, 2, 3, data.draw(st.integers(1, 3)), torch.float64)
-    x = torch.randn(members, steps, envs, 2, dtype=torch.float64, generator=generator)
-    state = torch.randn(members, envs, module.state_size, dtype=torch.float64, generator=generator)
+    module = make(kind, members, 2, 3, data.draw(st.integers(1, 3)), dtype)
+    x = torch.randn(members, steps, envs, 2, dtype=dtype, generator=generator)
+    state = torch.randn(members, envs, module.state_size, dtype=dtype, generator=generator)
     is_first = torch.rand(members, steps, envs, generator=generator) < chance
     looped = state
     expected = []
@@ -88,7 +99,8 @@ def test_a_sequence_equals_a_plain_loop_of_steps(kind, data):
         looped = torch.where(is_first[:, t].unsqueeze(-1), torch.zeros_like(looped), looped)
         output, looped = module.step(x[:, t], looped)
         expected.append(output)
-    torch.testing.assert_close(module(x, state, is_first), torch.stack(expected, 1), atol=1e-12, rtol=1e-12)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
+    torch.testing.assert_close(module(x, state, is_first), torch.stack(expected, 1), atol=tolerance, rtol=tolerance)
 
 
 @settings(max_examples=50, deadline=None)
@@ -133,11 +145,25 @@ def test_members_do_not_see_one_another():
     assert spoiled[1].isnan().all()
 
 
-def test_gradient_stops_at_the_stored_state():
-    module = make("gru", 1, 2, 3, 1)
-    state = torch.randn(1, 2, 3, requires_grad=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_stops_at_the_stored_state(kind):
+    module = make(kind, 1, 2, 3, 1)
+    state = torch.randn(1, 2, module.state_size, requires_grad=True)
     module(torch.randn(1, 4, 2, 2), state, torch.zeros(1, 4, 2, dtype=torch.bool)).sum().backward()
     assert state.grad is None
+
+
+@pytest.mark.parametrize("frozen", ["inputs", "weights", "everything"])
+def test_what_needs_no_gradient_gets_none(frozen):
+    module = make("lstm", 2, 5, 7, 1).requires_grad_(frozen == "inputs")
+    x = torch.randn(2, 11, 3, 5, requires_grad=frozen == "weights")
+    state = torch.randn(2, 3, module.state_size, requires_grad=True)
+    output = module(x, state, torch.rand(2, 11, 3) < 0.2)
+    assert output.requires_grad == (frozen != "everything")
+    if output.requires_grad:
+        output.sum().backward()
+    assert (x.grad is not None) == (frozen == "weights")
+    assert all((weight.grad is not None) == (frozen == "inputs") for weight in module.parameters())
 
 
 def test_initial_weights_are_orthogonal_and_follow_the_members_own_seed():
@@ -151,6 +177,19 @@ def test_initial_weights_are_orthogonal_and_follow_the_members_own_seed():
     assert module.bias_hh_l0.eq(0).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compiled_library_is_used_where_it_can_be(path, kind, monkeypatch):
+    calls = []
+    layer = compiled.lstm_layer
+    monkeypatch.setattr(compiled, "lstm_layer", lambda *arguments: calls.append(0) or layer(*arguments))
+    for dtype in (torch.float32, torch.float64):
+        module = make(kind, 1, 2, 3, 2, dtype)
+        module(
+            torch.randn(1, 4, 2, 2, dtype=dtype), torch.randn(1, 2, module.state_size, dtype=dtype), torch.zeros(1, 4, 2) > 0
+        )
+    assert len(calls) == (2 if path == "compiled" and kind == "lstm" else 0)
+
+
 def test_an_exception_in_a_worker_reaches_the_caller():
     with pytest.raises(ZeroDivisionError):
         pool().map(lambda index: 1 // (2 - index), 3)
@@ -158,6 +197,11 @@ def test_an_exception_in_a_worker_reaches_the_caller():
 
 def test_results_of_workers_come_in_order():
     assert pool().map(lambda index: index * index, 17) == [index * index for index in range(17)]
+
+
+def test_workers_and_caller_run_pytorch_on_one_thread():
+    assert pool().map(lambda _: torch.get_num_threads(), 5) == [1] * 5
+    assert torch.get_num_threads() == 1
 
 
 def test_threads_below_one_are_refused():

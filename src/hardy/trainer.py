@@ -88,6 +88,11 @@ class RunSettings(Settings):
                 f"vgs.microbatches = {self.vgs.microbatches}: at most {smallest}, the environments in one minibatch "
                 f"(env.num_envs = {self.env.num_envs} over ppo.n_minibatches = {self.ppo.n_minibatches})"
             )
+        if self.env.num_envs % (self.ppo.n_minibatches * self.microbatches) and self.microbatches > 1:
+            raise ValueError(
+                f"vgs.estimator = 'microbatch': env.num_envs = {self.env.num_envs} must be a multiple of ppo.n_minibatches * "
+                f"vgs.microbatches = {self.ppo.n_minibatches * self.microbatches}, since unequal parts would count as noise"
+            )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device = 'cuda': this machine has no CUDA device that PyTorch can use; allowed is 'cpu'")
         return self

@@ -7,7 +7,6 @@ recurrence is too small to split; the interpreter lock is released inside the ke
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -29,19 +28,9 @@ class WorkerPool:
         self.threads = threads
         self._executor: ThreadPoolExecutor | None = None
         if threads > 1:
-            self._executor = ThreadPoolExecutor(threads, thread_name_prefix="hardy")
-            everyone_started = threading.Barrier(threads)
-
-            def start() -> None:
-                # A thread's first question copies the process's setting, which would later undo its own.
-                torch.get_num_threads()
-                torch.set_num_threads(1)
-                everyone_started.wait()
-
-            for future in [self._executor.submit(start) for _ in range(threads)]:
-                future.result()
-            # Part of a worker's setting is global to the process (MKL), so the caller's own is set last.
-            torch.set_num_threads(threads)
+            self._executor = ThreadPoolExecutor(
+                threads, thread_name_prefix="hardy", initializer=torch.set_num_threads, initargs=(1,)
+            )
 
     def map(self, function: Callable[[int], Result], count: int) -> Sequence[Result]:
         """``[function(0), ..., function(count - 1)]``, in order; an exception of any of them is raised here."""
@@ -54,7 +43,9 @@ _pool = WorkerPool(1)
 
 
 def set_threads(threads: int) -> None:
-    """Use ``threads`` threads from now on, for the recurrent kernels and for PyTorch's own operations.
+    """Use ``threads`` threads for the recurrent kernels from now on, and one for each of PyTorch's own operations.
+
+    Those are small, and PyTorch's idle threads would spin on the very cores that the recurrent kernels need.
 
     Raises:
         ValueError: ``threads`` is below 1.
@@ -62,7 +53,7 @@ def set_threads(threads: int) -> None:
     global _pool
     if threads < 1:
         raise ValueError(f"threads = {threads}: must be at least 1")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     if threads != _pool.threads:
         _pool = WorkerPool(threads)
 

@@ -1,7 +1,8 @@
 """Stacked LSTM and GRU with exact resets inside a sequence.
 
 One step (`StackedRecurrent.step`) runs the whole population on the stacked axis. A sequence (`StackedRecurrent.forward`)
-runs as rows (see `hardy.nn.rows`) through PyTorch's fused kernels, members and parts of the environments in threads.
+runs as rows (see `hardy.nn.rows`), members and parts of the environments in threads: the LSTM in float32 on the CPU through
+Hardy's compiled library where there is one (see `hardy.nn.compiled`), everything else through PyTorch's fused kernels.
 
 The recurrent state of one environment is one vector of ``state_size`` numbers: the hidden vectors of all layers, then,
 for the LSTM, the cell vectors. Zero is the initial state.
@@ -18,12 +19,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hardy.nn.parallel import pool
+from hardy.nn import compiled
+from hardy.nn.parallel import WorkerPool, pool
 from hardy.nn.rows import RowGroup, plan_rows
 
 CellKind = Literal["lstm", "gru"]
 GATES: dict[str, int] = {"lstm": 4, "gru": 3}
-WEIGHTS_PER_LAYER = 4
+WORTH_THREADS = 200_000_000
+"""Multiplications of a forward pass, of all members and layers, below which Python threads cost more than they give."""
 
 
 class StackedRecurrent(nn.Module):
@@ -104,10 +107,20 @@ class StackedRecurrent(nn.Module):
         Gradients flow to the inputs and the weights and stop at ``state`` (truncated backpropagation through time).
         """
         weights = [weight for layer in range(self.layers) for weight in self.layer_weights(layer)]
-        tasks = _plan_tasks(is_first, inputs.device)
+        if self.kind == "lstm" and compiled.supports(inputs, state, *weights):
+            output = inputs
+            for layer in range(self.layers):
+                output = compiled.lstm_layer(output, state, is_first, layer, self.layer_weights(layer), pool().threads)
+            return output
+        return self._forward_by_torch(inputs, state, is_first, weights)
+
+    def _forward_by_torch(self, inputs: Tensor, state: Tensor, is_first: Tensor, weights: list[Tensor]) -> Tensor:
+        work = is_first[0].numel() * sum(weight.numel() for weight in weights)
+        workers = pool() if work >= WORTH_THREADS else WorkerPool(1)
+        tasks = _plan_tasks(is_first, workers.threads, inputs.device)
         if torch.is_grad_enabled() and (inputs.requires_grad or any(weight.requires_grad for weight in weights)):
             output: Tensor = _RowsFunction.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-                self._run_group, tasks, inputs.contiguous(), state.detach(), *weights
+                self._run_group, workers, tasks, inputs.contiguous(), state.detach(), *weights
             )
             return output
         flat = inputs.detach().flatten(1, 2)
@@ -119,7 +132,7 @@ class StackedRecurrent(nn.Module):
                 rows, initial = _gather(group, flat[member], state[member])
                 _scatter(group, self._run_group(rows, initial, [weight[member] for weight in weights]), output[member])
 
-        pool().map(run, len(tasks))
+        workers.map(run, len(tasks))
         return output.view(*inputs.shape[:3], self.hidden_size)
 
     def _run_group(
@@ -152,11 +165,11 @@ def _gru_cell(from_input: Tensor, from_hidden: Tensor, hidden: Tensor) -> Tensor
 Task = tuple[int, RowGroup]
 
 
-def _plan_tasks(is_first: Tensor, device: torch.device) -> list[Task]:
+def _plan_tasks(is_first: Tensor, threads: int, device: torch.device) -> list[Task]:
     """One task per member and group of rows, of each part of the environments; longest first, so that threads end together."""
     members, _, envs = is_first.shape
     starts = is_first.cpu().numpy()
-    parts = min(envs, max(1, math.ceil(pool().threads / members)))
+    parts = min(envs, max(1, math.ceil(threads / members)))
     bounds = [envs * part // parts for part in range(parts + 1)]
     tasks = [
         (member, group)
@@ -185,8 +198,9 @@ class _RowsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run_group: Callable[..., Tensor], tasks: list[Task], inputs: Tensor, state: Tensor, *weights: Tensor
-    ) -> Tensor:
+        ctx: Any, run_group: Callable[..., Tensor], workers: WorkerPool, tasks: list[Task], inputs: Tensor, state: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
         flat = inputs.flatten(1, 2)
         leaves = [[weight[member].detach().requires_grad_() for weight in weights] for member in range(inputs.shape[0])]
 
@@ -197,9 +211,10 @@ class _RowsFunction(torch.autograd.Function):
                 rows.requires_grad_()
                 return rows, run_group(rows, initial, leaves[member])
 
-        ctx.graphs = pool().map(run, len(tasks))
+        ctx.graphs = workers.map(run, len(tasks))
         ctx.leaves = leaves
         ctx.tasks = tasks
+        ctx.workers = workers
         ctx.shape = inputs.shape
         output = inputs.new_empty(flat.shape[0], flat.shape[1], ctx.graphs[0][1].shape[-1])
         for (member, group), (_, rows) in zip(tasks, ctx.graphs, strict=True):
@@ -222,10 +237,10 @@ class _RowsFunction(torch.autograd.Function):
             _scatter(group, grads[0], grad_inputs[member])
             return grads[1:]
 
-        per_task = pool().map(run, len(ctx.tasks))
+        per_task = ctx.workers.map(run, len(ctx.tasks))
         grad_weights = [weight.new_zeros(len(ctx.leaves), *weight.shape) for weight in ctx.leaves[0]]
         for (member, _), grads in zip(ctx.tasks, per_task, strict=True):
             for total, grad in zip(grad_weights, grads, strict=True):
                 total[member] += grad
         del ctx.graphs
-        return (None, None, grad_inputs.unflatten(1, ctx.shape[1:3]), None, *grad_weights)
+        return (None, None, None, grad_inputs.unflatten(1, ctx.shape[1:3]), None, *grad_weights)

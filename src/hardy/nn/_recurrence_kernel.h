@@ -1,0 +1,308 @@
+// The arithmetic of one part of one member, for one instruction set. `_recurrence.cpp` includes this file once for each, in a
+// namespace of its own that has set LANES (floats in a vector) and ROWS (rows whose sums stay in registers together).
+// Nothing from the standard library is instantiated here: the linker could give the copy made for one CPU to all.
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+constexpr int64_t WIDE = 4 * LANES;  // four vectors side by side: the four gates of LANES units, or 4 LANES columns
+constexpr int64_t DEPTH = 128;       // steps whose outer products are summed while their panel stays in the nearest cache
+
+inline Vector load(const float* from, int64_t count) {
+    if (count >= LANES) return *reinterpret_cast<const Unaligned*>(from);
+    Vector value = {};
+    std::memcpy(&value, from, static_cast<size_t>(count) * sizeof(float));
+    return value;
+}
+
+inline void store(float* to, Vector value, int64_t count) {
+    if (count >= LANES)
+        *reinterpret_cast<Unaligned*>(to) = value;
+    else
+        std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
+}
+
+// e^x - 1 = 2^n (e^r - 1) + (2^n - 1) with x = n ln 2 + r, |r| <= ln 2 / 2, where Taylor's polynomial of degree 7 suffices.
+// Nothing cancels around zero. Written so that a comparison with NaN keeps NaN.
+inline Vector exp_minus_one(Vector x, Vector& power) {
+    const Vector zero = {};
+    x = x < zero - 87.0f ? zero - 87.0f : x;
+    x = x > zero + 87.0f ? zero + 87.0f : x;
+    const float round = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the rounded number
+    const Vector shifted = x * 1.44269504f + round;
+    const Vector n = shifted - round;
+    const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    Vector sum = r * (1.0f / 5040) + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * (r * r) + r;
+    power = (Vector)(((Integers)shifted << 23) + 0x3f800000);
+    return power * sum + (power - 1.0f);
+}
+
+inline Vector sigmoid(Vector x) {
+    Vector power;
+    return 1.0f / (exp_minus_one(-x, power) + 2.0f);
+}
+
+inline Vector tanh(Vector x) {
+    Vector power;
+    const Vector e = exp_minus_one(x + x, power);
+    return e / (e + 2.0f);
+}
+
+// sums[r][v] += sum over k of rows[r][k * stride] * panel[k][v]
+template <int COUNT>
+inline __attribute__((always_inline)) void accumulate(
+    Vector (&sums)[COUNT][4], const float* const* rows, int64_t stride, const float* panel, int64_t depth) {
+    const float* row[COUNT];
+    for (int r = 0; r < COUNT; ++r) row[r] = rows[r];
+    for (int64_t k = 0; k < depth; ++k, panel += WIDE) {
+        const Vector* column = reinterpret_cast<const Vector*>(panel);
+        const Vector c0 = column[0], c1 = column[1], c2 = column[2], c3 = column[3];
+#pragma GCC unroll 8
+        for (int r = 0; r < COUNT; ++r) {
+            const float scale = row[r][k * stride];
+            sums[r][0] += scale * c0;
+            sums[r][1] += scale * c1;
+            sums[r][2] += scale * c2;
+            sums[r][3] += scale * c3;
+        }
+    }
+}
+
+// Runs `block.run<COUNT>(first)` over rows begin .. end - 1 in blocks of at most ROWS, all of nearly the same size.
+template <class Block>
+inline void in_blocks(int64_t begin, int64_t end, Block& block) {
+    for (int64_t blocks = (end - begin + ROWS - 1) / ROWS; blocks > 0; --blocks) {
+        const int64_t count = (end - begin + blocks - 1) / blocks;
+        switch (count) {
+            case 1: block.template run<1>(begin); break;
+            case 2: block.template run<2>(begin); break;
+#if ROWS > 2
+            case 3: block.template run<3>(begin); break;
+#endif
+#if ROWS > 3
+            case 4: block.template run<4>(begin); break;
+            case 5: block.template run<5>(begin); break;
+            case 6: block.template run<6>(begin); break;
+#endif
+        }
+        begin += count;
+    }
+}
+
+// Panels of a matrix [4 hidden, depth], transposed: panel j holds [depth][4 gates][LANES units]. The places of units that the
+// last panel lacks keep any number; what is computed from them is never stored.
+inline void pack_gates(const float* weight, int64_t hidden, int64_t depth, float* panels) {
+    const int64_t tile = 16;
+    for (int64_t unit = 0; unit < hidden; unit += LANES, panels += depth * WIDE) {
+        const int64_t units = hidden - unit < LANES ? hidden - unit : LANES;
+        for (int64_t begin = 0; begin < depth; begin += tile) {
+            const int64_t end = begin + tile < depth ? begin + tile : depth;
+            for (int64_t gate = 0; gate < 4; ++gate)
+                for (int64_t lane = 0; lane < units; ++lane) {
+                    const float* row = weight + (gate * hidden + unit + lane) * depth;
+                    for (int64_t k = begin; k < end; ++k) panels[k * WIDE + gate * LANES + lane] = row[k];
+                }
+        }
+    }
+}
+
+// One panel: columns first .. first + WIDE - 1, where they exist, of the given rows of a matrix with that many columns.
+inline void pack_columns(const float* const* rows, int64_t count, int64_t columns, int64_t first, float* panel) {
+    const int64_t width = columns - first < WIDE ? columns - first : WIDE;
+    for (int64_t k = 0; k < count; ++k) std::memcpy(panel + k * WIDE, rows[k] + first, static_cast<size_t>(width) * sizeof(float));
+}
+
+// What the input gives to the gates: gates[m] = bias + W_ih x[m].
+struct Projection {
+    const Problem& problem;
+    const float* const* x;
+    const float* panel;
+    const float* bias;
+    float* gates;
+    int64_t unit;
+
+    template <int COUNT>
+    void run(int64_t first) {
+        const int64_t hidden = problem.hidden, units = hidden - unit;
+        Vector sums[COUNT][4];
+        for (int v = 0; v < 4; ++v) {
+            const Vector start = load(bias + v * hidden + unit, units);
+            for (int r = 0; r < COUNT; ++r) sums[r][v] = start;
+        }
+        accumulate<COUNT>(sums, x + first, 1, panel, problem.inputs);
+        for (int r = 0; r < COUNT; ++r)
+            for (int v = 0; v < 4; ++v) store(gates + (first + r) * 4 * hidden + v * hidden + unit, sums[r][v], units);
+    }
+};
+
+// One time step: gates come in as sums over the input, go out activated.
+struct Step {
+    const Problem& problem;
+    const Rows& rows;
+    const float* panel;
+    int64_t unit;
+    bool starting;
+
+    template <int COUNT>
+    void run(int64_t first) {
+        const int64_t hidden = problem.hidden, units = hidden - unit;
+        Vector sums[COUNT][4];
+        bool stored = !starting;
+        for (int r = 0; r < COUNT; ++r) {
+            stored |= rows.hidden[first + r] != rows.zeros;
+            for (int v = 0; v < 4; ++v) sums[r][v] = load(rows.gates + (first + r) * 4 * hidden + v * hidden + unit, units);
+        }
+        if (stored) accumulate<COUNT>(sums, rows.hidden + first, 1, panel, hidden);
+        for (int r = 0; r < COUNT; ++r) {
+            const int64_t m = first + r;
+            const Vector input = sigmoid(sums[r][0]), forget = sigmoid(sums[r][1]);
+            const Vector candidate = tanh(sums[r][2]), output = sigmoid(sums[r][3]);
+            const Vector cell = input * candidate + forget * load(rows.cell_before[m] + unit, units);
+            float* gates = rows.gates + m * 4 * hidden + unit;
+            store(gates, input, units);
+            store(gates + hidden, forget, units);
+            store(gates + 2 * hidden, candidate, units);
+            store(gates + 3 * hidden, output, units);
+            store(rows.cell + m * hidden + unit, cell, units);
+            store(rows.output[m] + unit, output * tanh(cell), units);
+        }
+    }
+};
+
+// One time step backwards: gradients of the sums into the gates, and of the cell before (in `carry`, by row).
+struct StepBack {
+    const Problem& problem;
+    const Rows& rows;
+    const float* panel;
+    const float* const* gradient_after;  // of the gates one step later, by row
+    float* carry;
+    int64_t begin;  // first packed step of this time step
+    int64_t unit;
+    bool ending;
+
+    template <int COUNT>
+    void run(int64_t first) {
+        const int64_t hidden = problem.hidden;
+        Vector sums[COUNT][4] = {};
+        if (!ending) accumulate<COUNT>(sums, gradient_after + first, 1, panel, 4 * hidden);
+        for (int r = 0; r < COUNT; ++r)
+            for (int v = 0; v < 4 && unit + v * LANES < hidden; ++v) one(first + r, unit + v * LANES, sums[r][v]);
+    }
+
+    inline __attribute__((always_inline)) void one(int64_t row, int64_t at, Vector from_later) {
+        const int64_t hidden = problem.hidden, units = hidden - at, m = begin + row;
+        const float* gates = rows.gates + m * 4 * hidden + at;
+        const Vector input = load(gates, units), forget = load(gates + hidden, units);
+        const Vector candidate = load(gates + 2 * hidden, units), output = load(gates + 3 * hidden, units);
+        const Vector squashed = tanh(load(rows.cell + m * hidden + at, units));
+        const Vector grad_hidden = from_later + load(rows.grad_output[m] + at, units);
+        Vector grad_cell = grad_hidden * output * (1.0f - squashed * squashed);
+        if (!ending) grad_cell += load(carry + row * hidden + at, units);
+        float* gradient = rows.grad_gates + m * 4 * hidden + at;
+        store(gradient, grad_cell * candidate * input * (1.0f - input), units);
+        store(gradient + hidden, grad_cell * load(rows.cell_before[m] + at, units) * forget * (1.0f - forget), units);
+        store(gradient + 2 * hidden, grad_cell * input * (1.0f - candidate * candidate), units);
+        store(gradient + 3 * hidden, grad_hidden * squashed * output * (1.0f - output), units);
+        store(carry + row * hidden + at, grad_cell * forget, units);
+    }
+};
+
+// to[r] (+)= sum over k of from[r][k * stride] * panel[k]
+struct Product {
+    const float* const* from;
+    int64_t stride;
+    const float* panel;
+    int64_t depth;
+    float* const* to;
+    int64_t at;
+    int64_t columns;
+    bool add;
+
+    template <int COUNT>
+    void run(int64_t first) {
+        Vector sums[COUNT][4] = {};
+        accumulate<COUNT>(sums, from + first, stride, panel, depth);
+        for (int r = 0; r < COUNT; ++r)
+            for (int64_t v = 0, column = at; v < 4 && column < columns; ++v, column += LANES) {
+                float* target = to[first + r] + column;
+                store(target, add ? sums[r][v] + load(target, columns - column) : sums[r][v], columns - column);
+            }
+    }
+};
+
+void forward(const Problem& problem, const Rows& rows, float* workspace) {
+    const int64_t hidden = problem.hidden, inputs = problem.inputs;
+    float* bias = workspace;
+    float* panels = bias + (4 * hidden + 15) / 16 * 16;
+    for (int64_t i = 0; i < 4 * hidden; ++i) bias[i] = rows.bias_ih[i] + rows.bias_hh[i];
+    pack_gates(rows.weight_ih, hidden, inputs, panels);
+    for (int64_t unit = 0; unit < hidden; unit += LANES) {
+        Projection projection{problem, rows.x, panels + unit * 4 * inputs, bias, rows.gates, unit};
+        in_blocks(0, rows.count, projection);
+    }
+    pack_gates(rows.weight_hh, hidden, hidden, panels);
+    int64_t begin = 0;
+    for (int64_t s = 0; s < rows.steps; begin += rows.sizes[s++])
+        for (int64_t unit = 0; unit < hidden; unit += LANES) {
+            Step step{problem, rows, panels + unit * 4 * hidden, unit, s == 0};
+            in_blocks(begin, begin + rows.sizes[s], step);
+        }
+}
+
+inline void weight_gradient(
+    const Problem& problem, const Rows& rows, const float* const* factor, int64_t columns, float* gradient, int64_t begin,
+    int64_t count, float* panel, const float** from, float** to) {
+    const int64_t gates = 4 * problem.hidden;
+    for (int64_t i = 0; i < gates; ++i) {
+        from[i] = rows.grad_gates + begin * gates + i;
+        to[i] = gradient + i * columns;
+    }
+    for (int64_t at = 0; at < columns; at += WIDE) {
+        pack_columns(factor + begin, count, columns, at, panel);
+        Product product{from, gates, panel, count, to, at, columns, begin > 0};
+        in_blocks(0, gates, product);
+    }
+}
+
+void backward(const Problem& problem, const Rows& rows, float* workspace, const float** from, float** to) {
+    const int64_t hidden = problem.hidden, inputs = problem.inputs, gates = 4 * hidden;
+    float* carry = workspace;
+    float* panels = carry + (rows.sizes[0] * hidden + 15) / 16 * 16;
+    for (int64_t k = 0; k < gates; ++k) from[k] = rows.weight_hh + k * hidden;
+    for (int64_t unit = 0; unit < hidden; unit += WIDE) pack_columns(from, gates, hidden, unit, panels + unit * gates);
+    int64_t begin = rows.count;
+    for (int64_t s = rows.steps - 1; s >= 0; --s) {
+        const int64_t size = rows.sizes[s], later = s + 1 < rows.steps ? rows.sizes[s + 1] : 0;
+        for (int64_t r = 0; r < later; ++r) from[r] = rows.grad_gates + (begin + r) * gates;
+        begin -= size;
+        for (int64_t unit = 0; unit < hidden; unit += WIDE) {
+            StepBack step{problem, rows, panels + unit * gates, from, carry, begin, unit, false};
+            in_blocks(0, later, step);
+            step.ending = true;
+            in_blocks(later, size, step);
+        }
+    }
+    if (problem.grad_x != nullptr) {
+        for (int64_t k = 0; k < gates; ++k) from[k] = rows.weight_ih + k * inputs;
+        for (int64_t at = 0; at < inputs; at += WIDE) pack_columns(from, gates, inputs, at, panels + at * gates);
+        for (int64_t m = 0; m < rows.count; ++m) from[m] = rows.grad_gates + m * gates;
+        for (int64_t at = 0; at < inputs; at += WIDE) {
+            Product product{from, 1, panels + at * gates, gates, rows.grad_x, at, inputs, false};
+            in_blocks(0, rows.count, product);
+        }
+    }
+    std::memset(rows.grad_bias, 0, static_cast<size_t>(gates) * sizeof(float));
+    for (int64_t m = 0; m < rows.count; m += DEPTH) {
+        const int64_t count = rows.count - m < DEPTH ? rows.count - m : DEPTH;
+        for (int64_t k = m; k < m + count; ++k)
+            for (int64_t i = 0; i < gates; ++i) rows.grad_bias[i] += rows.grad_gates[k * gates + i];
+        weight_gradient(problem, rows, rows.x, inputs, rows.grad_weight_ih, m, count, panels, from, to);
+        weight_gradient(problem, rows, rows.hidden, hidden, rows.grad_weight_hh, m, count, panels, from, to);
+    }
+}

@@ -1,0 +1,189 @@
+"""The LSTM over whole sequences in a small compiled library, for float32 on the CPU.
+
+The library (`_recurrence.cpp`) is built when Hardy is installed, if there is a C++ compiler that can. It runs the rows of
+`hardy.nn.rows` side by side without padding, one call for all members and threads, forward or backward, and releases the
+interpreter lock. Without it, or with ``HARDY_COMPILED=0`` in the environment, PyTorch's kernels give the same results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+VERSION = 1
+"""Of `_Problem`; a library built from sources of another version is not used."""
+NEWEST_INSTRUCTIONS = 2
+SMALLEST_PART = 60_000_000
+"""Multiplications below which a part of a layer's forward pass is not worth a thread (measured)."""
+
+
+class _Problem(ctypes.Structure):
+    """What a call works on; mirrors `Problem` in `_recurrence.cpp`, which explains the fields."""
+
+    _sizes = "members steps envs inputs hidden state_stride parts threads level"
+    _tensors = (
+        "x is_first state_hidden state_cell weight_ih weight_hh bias_ih bias_hh output gates cell "
+        "grad_output grad_gates grad_x grad_weight_ih grad_weight_hh grad_bias"
+    )
+    _fields_ = [*((name, ctypes.c_int64) for name in _sizes.split()), *((name, ctypes.c_void_p) for name in _tensors.split())]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name("_recurrence" + suffix)
+        if path.exists():
+            try:
+                library = ctypes.CDLL(str(path))
+                library.hardy_lstm_version.restype = ctypes.c_int64
+            except (OSError, AttributeError):  # built for another machine, or not this library
+                continue
+            if library.hardy_lstm_version() == VERSION:
+                library.hardy_lstm.argtypes = [ctypes.POINTER(_Problem)]
+                return library
+    return None
+
+
+def available() -> bool:
+    """Whether the compiled library is there, fits this version and is not switched off."""
+    return os.environ.get("HARDY_COMPILED") != "0" and _library() is not None
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether the library can be used on inputs, state and weights like these: float32 on the CPU."""
+    return available() and all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def lstm_layer(
+    inputs: Float[Tensor, "P T E I"],
+    state: Float[Tensor, "P E S"],
+    is_first: Bool[Tensor, "P T E"],
+    layer: int,
+    weights: Sequence[Tensor],
+    threads: int,
+    level: int = NEWEST_INSTRUCTIONS,
+) -> Float[Tensor, "P T E H"]:
+    """One layer of an LSTM over sequences that start from ``state``, which is reset before every step with ``is_first``.
+
+    Gradients flow to the inputs and the weights and stop at ``state``.
+
+    Args:
+        state: of all layers: the hidden vectors of each, then the cell vectors of each.
+        layer: whose state to take.
+        weights: ``weight_ih [P, 4 H, I]``, ``weight_hh [P, 4 H, H]``, ``bias_ih [P, 4 H]``, ``bias_hh [P, 4 H]``.
+        threads: at most that many.
+        level: the newest instruction set to use, 0 for what every CPU has; newer ones are used only where they exist.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+        MemoryError: no memory for the working space.
+    """
+    _check_shapes(inputs, state, is_first, layer, weights)
+    tensors = [tensor.contiguous() for tensor in (inputs, state.detach(), is_first.bool(), *weights)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        output: Tensor = _Layer.apply(layer, threads, level, *tensors)  # type: ignore[no-untyped-call]  # not annotated
+        return output
+    return _Call(layer, threads, level, tensors).forward()[0]
+
+
+def _check_shapes(inputs: Tensor, state: Tensor, is_first: Tensor, layer: int, weights: Sequence[Tensor]) -> None:
+    # The library follows bare addresses: what would be an error in PyTorch would be somebody else's memory here.
+    members, steps, envs, width = inputs.shape
+    hidden = weights[1].shape[-1]
+    wanted = [(members, 4 * hidden, width), (members, 4 * hidden, hidden), (members, 4 * hidden), (members, 4 * hidden)]
+    if [tuple(weight.shape) for weight in weights] != wanted:
+        raise ValueError(
+            f"weights of shapes {[tuple(weight.shape) for weight in weights]}: inputs and hidden size want {wanted}"
+        )
+    if is_first.shape != (members, steps, envs):
+        raise ValueError(f"is_first of shape {tuple(is_first.shape)}: inputs want {(members, steps, envs)}")
+    if (
+        state.shape[:-1] != (members, envs)
+        or state.shape[-1] % (2 * hidden)
+        or not 0 <= layer < state.shape[-1] // (2 * hidden)
+    ):
+        raise ValueError(
+            f"state of shape {tuple(state.shape)}: layer {layer} wants {(members, envs)} and at least {layer + 1} times "
+            f"2 * {hidden} numbers"
+        )
+
+
+class _Call:
+    """One layer's sizes and addresses, as the library wants them."""
+
+    def __init__(self, layer: int, threads: int, level: int, tensors: Sequence[Tensor]) -> None:
+        self.inputs, state, is_first, *self.weights = tensors
+        members, steps, envs, width = self.inputs.shape
+        hidden = self.weights[1].shape[2]
+        work = steps * envs * 4 * hidden * (width + hidden)
+        self.parts = max(1, min(math.ceil(threads / members), work // SMALLEST_PART))
+        # The threads are made in each call, which a small one does not repay.
+        useful = max(1, min(threads, members * work // SMALLEST_PART))
+        vectors = state.shape[2] // hidden
+        self.problem = _Problem(
+            *(members, steps, envs, width, hidden, state.shape[2], self.parts, useful, level),
+            x=self.inputs.data_ptr(),
+            is_first=is_first.data_ptr(),
+            state_hidden=state.data_ptr() + layer * hidden * state.itemsize,
+            state_cell=state.data_ptr() + (vectors // 2 + layer) * hidden * state.itemsize,
+        )
+        for name, weight in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), self.weights, strict=True):
+            setattr(self.problem, name, weight.data_ptr())
+
+    def run(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            setattr(self.problem, name, tensor.data_ptr())
+        library = _library()
+        assert library is not None
+        if library.hardy_lstm(ctypes.byref(self.problem)):
+            raise MemoryError(f"the LSTM over inputs of shape {tuple(self.inputs.shape)} finds no memory for its working space")
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        members, steps, envs, _ = self.inputs.shape
+        hidden = self.problem.hidden
+        output = self.inputs.new_empty(members, steps, envs, hidden)
+        gates = self.inputs.new_empty(members, steps * envs, 4 * hidden)
+        cell = self.inputs.new_empty(members, steps * envs, hidden)
+        self.run(output=output, gates=gates, cell=cell)
+        return output, gates, cell
+
+    def backward(
+        self, output: Tensor, gates: Tensor, cell: Tensor, grad_output: Tensor, with_inputs: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        grad_x = torch.empty_like(self.inputs) if with_inputs else None
+        partial = [weight.new_empty(weight.shape[0], self.parts, *weight.shape[1:]) for weight in self.weights[:3]]
+        optional = {} if grad_x is None else {"grad_x": grad_x}
+        self.run(
+            output=output, gates=gates, cell=cell, grad_output=grad_output, grad_gates=torch.empty_like(gates),
+            grad_weight_ih=partial[0], grad_weight_hh=partial[1], grad_bias=partial[2], **optional,
+        )  # fmt: skip
+        return grad_x, [part.squeeze(1) if self.parts == 1 else part.sum(1) for part in partial]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, layer: int, threads: int, level: int, *tensors: Tensor) -> Tensor:
+        ctx.layer, ctx.threads, ctx.level = layer, threads, level
+        output, gates, cell = _Call(layer, threads, level, tensors).forward()
+        ctx.save_for_backward(*tensors, output, gates, cell)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, output, gates, cell = ctx.saved_tensors
+        call = _Call(ctx.layer, ctx.threads, ctx.level, tensors)
+        grad_output = grad_outputs[0].contiguous()
+        grad_x, (grad_ih, grad_hh, grad_bias) = call.backward(output, gates, cell, grad_output, ctx.needs_input_grad[3])
+        # Both biases have the same gradient, but not the same memory: who scales gradients in place must not do it twice.
+        return (None, None, None, grad_x, None, None, grad_ih, grad_hh, grad_bias, grad_bias.clone())
