@@ -38,10 +38,13 @@ bench: $(INSTALLED) ## measure training speed beside sb3-contrib, which goes int
 	$(BIN)/python -m benchmarks.throughput
 
 clean: ## remove environments, caches and builds; artifacts/ stays
-	rm -rf .venv .venv-bench build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv .venv-bench src/hardy/nn/*.so build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt
+# What the compiled recurrence is built from: a change installs anew.
+KERNEL := setup.py $(wildcard src/hardy/nn/*.cpp src/hardy/nn/*.h)
+
+$(INSTALLED): pyproject.toml constraints.txt $(KERNEL)
 	@command -v $(PYTHON) >/dev/null || { echo "Hardy needs Python 3.11 or newer, and $(PYTHON) is not there: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Hardy needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.11" % v[:2])'
 	@echo "Installing Hardy into .venv (takes a few minutes the first time)"
