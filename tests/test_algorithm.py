@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from hardy import CheckpointError, ConfigError, DistributionalPPO, algorithm
-from hardy.checkpoint import read_document
+from hardy.checkpoint import read_document, save_tensors
 from hardy.population import leaves
 
 PPO = {"n_steps": 8, "n_epochs": 2, "n_minibatches": 2}
@@ -169,6 +169,7 @@ def test_the_seed_decides_everything() -> None:
         ({"device": "gpu"}, ConfigError, ["device", "gpu", "cuda"]),
         ({"threads": 100_000}, ConfigError, ["threads = 100000", "<= 1024"]),
         ({"seed": -1}, ConfigError, ["seed = -1", ">= 0"]),
+        ({"policy_kwargs": {"memory": "gru"}}, ConfigError, ["policy.memory = 'gru'", "'MlpLstmPolicy' has 'lstm'"]),
     ],
 )
 def test_a_mistake_is_explained(kwargs: dict[str, Any], error: type[Exception], words: list[str]) -> None:
@@ -176,6 +177,39 @@ def test_a_mistake_is_explained(kwargs: dict[str, Any], error: type[Exception], 
         make_model(**kwargs)
     for word in words:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ({"policy": None}, ValueError, ["policy = None: allowed are MlpPolicy, MlpLstmPolicy, MlpGruPolicy"]),
+        ({"policy": ["MlpPolicy"]}, ValueError, ["policy = ['MlpPolicy']: allowed are"]),
+        ({"num_envs": "8"}, ConfigError, ['env.num_envs = "8": must be a whole number > 0']),
+        ({"num_envs": -1}, ConfigError, ["env.num_envs = -1: must be a whole number > 0"]),
+        ({"vgs": None}, ConfigError, ["vgs.enabled = null: must be true or false"]),
+        ({"vgs": "yes"}, ConfigError, ['vgs.enabled = "yes": must be true or false']),
+        ({"optimizer": Walk}, ConfigError, ["optimizer.name = ", "Walk", "AdaptiveUPGD"]),
+        ({"optimizer": None}, ConfigError, ["optimizer.name = null", "AdaptiveUPGD"]),
+        ({"ppo": "x"}, ConfigError, ['ppo = "x": must be a section with the keys']),
+        ({"critic": 0}, ConfigError, ["critic = 0: must be a section with the keys"]),
+        ({"policy_kwargs": [3]}, ConfigError, ["policy = [3]: must be a section with the keys"]),
+        ({"seed": 1.5}, ConfigError, ["seed = 1.5: must be a whole number >= 0"]),
+        ({"threads": "2"}, ConfigError, ['threads = "2": must be a whole number >= 1']),
+    ],
+)
+def test_an_argument_of_another_type_is_explained(kwargs: dict[str, Any], error: type[Exception], words: list[str]) -> None:
+    init = DistributionalPPO.__init__.__wrapped__  # type: ignore[attr-defined]  # without the checks that the tests add
+    with pytest.raises(error) as raised:
+        init(object.__new__(DistributionalPPO), **{"policy": "MlpPolicy", "env": TASK, **kwargs})
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_a_number_of_numpy_is_a_number() -> None:
+    init = DistributionalPPO.__init__.__wrapped__  # type: ignore[attr-defined]
+    model = object.__new__(DistributionalPPO)
+    init(model, "MlpPolicy", TASK, seed=np.int64(3), num_envs=np.int32(4), threads=np.int64(1))
+    assert (model.settings.seed, model.settings.env.num_envs, model.settings.threads) == (3, 4, 1)
 
 
 @pytest.mark.parametrize("env", [3, Walk()], ids=["number", "single"])
@@ -215,8 +249,12 @@ def test_the_progress_bar(progress: bool, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_learning_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="total_timesteps = 0: must be at least 1"):
-        make_model().learn(0)
+    model = make_model()
+    learn_unchecked = DistributionalPPO.learn.__wrapped__  # type: ignore[attr-defined]  # without the tests' own checks
+    for steps in (0, -1, "10", float("nan"), float("inf"), 1.5, None, True):
+        with pytest.raises(ValueError, match=f"total_timesteps = {steps!r}: must be a whole number, at least 1"):
+            learn_unchecked(model, steps)
+    assert learn_unchecked(model, 3.2e1).trainer.timesteps == 32
 
 
 @pytest.mark.parametrize(
@@ -519,6 +557,28 @@ def test_a_loaded_model_meets_the_task_as_it_had_become(tmp_path: Path) -> None:
     loaded = DistributionalPPO.load(model.save(tmp_path / "model"))
     for each in (model, loaded):
         assert each.trainer is not None and each.trainer.env.steps.tolist() == [96]  # type: ignore[attr-defined]
+
+
+def test_a_model_trained_on_another_device_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model.trainer.settings = model.settings = model.settings.model_copy(update={"device": "cuda"})  # type: ignore[union-attr]
+    paths = [model.save(tmp_path / "model"), model.export_policy(tmp_path / "policy")]
+    for path in paths:
+        assert read_document(path)["settings"]["device"] == "cuda"
+        assert DistributionalPPO.load(path, device="cpu").settings.device == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for path in paths:
+        loaded = DistributionalPPO.load(path)
+        assert (loaded.settings.device, loaded.policy.device.type) == ("cpu", "cpu")
+        with pytest.raises(ConfigError, match="device = 'cuda': this machine has no CUDA device"):
+            DistributionalPPO.load(path, device="cuda")
+
+
+def test_a_file_of_hardy_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "note.safetensors", {"x": torch.zeros(1)}, {"kind": "note"})
+    with pytest.raises(CheckpointError, match=r"note\.safetensors: a note file without settings, .*; allowed is a saved model"):
+        DistributionalPPO.load(tmp_path / "note")
 
 
 def test_what_cannot_be_loaded_is_explained(tmp_path: Path) -> None:

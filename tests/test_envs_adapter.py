@@ -300,7 +300,7 @@ def test_physics_are_the_numeric_attributes() -> None:
     env.reset()
     env.set_physics("gain", np.array([2.0, -3.0]))
     assert env.step(np.zeros(2, dtype=np.int64)).reward.tolist() == [2.0, -3.0]
-    with pytest.raises(ValueError, match=r"physics = 'gian' is unknown \(nearest: gain\)"):
+    with pytest.raises(ValueError, match=r"physics = 'gian': allowed are first_draw, gain, length \(did you mean 'gain'\?\)"):
         env.set_physics("gian", np.ones(2))
 
 

@@ -255,7 +255,7 @@ def test_every_physical_parameter_matters(task) -> None:
 
 def test_impossible_physics_is_refused() -> None:
     env = build("CartPole-v1", [0], 2)
-    with pytest.raises(ValueError, match=r"'lenght' is unknown \(nearest: length"):
+    with pytest.raises(ValueError, match=r"physics = 'lenght': allowed are force_mag, .*did you mean 'length'"):
         env.set_physics("lenght", np.ones(2))
     with pytest.raises(ValueError, match=r"'length' = 0\.0 … 1\.0: must be finite and above 0"):
         env.set_physics("length", np.array([1.0, 0.0]))

@@ -12,7 +12,6 @@ from gymnasium.vector import SyncVectorEnv
 from pydantic import ValidationError
 
 from hardy.envs import Drift, DriftSettings, EnvSettings, GymVectorEnv, make, make_from
-from hardy.envs.base import nearest
 from hardy.envs.classic import CartPole
 
 
@@ -26,9 +25,9 @@ def test_known_id_gives_the_vectorised_twin() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("CartPoleNovel-v1", "nearest: CartPoleNoVel-v1"),
-        ("cartpole", "nearest: CartPole-v"),
-        ("CartPole", "nearest: CartPole-v"),
+        ("CartPoleNovel-v1", "did you mean 'CartPoleNoVel-v1'"),
+        ("cartpole", "did you mean 'CartPole-v"),
+        ("CartPole", "did you mean 'CartPole-v"),
         ("no_such_module:Thing-v0", "No module named 'no_such_module'"),
         ("gymnasium:Thing-v0", "no such environment is registered"),
     ],
@@ -94,8 +93,3 @@ def test_drift_goes_with_every_way_of_making() -> None:
         assert isinstance(env, Drift)
     with pytest.raises(ValueError, match="2 drift_seeds for 1 members"):
         make(EnvSettings(id="Pendulum-v1", num_envs=2, drift=drift), [0], drift_seeds=[1, 2])
-
-
-def test_nearest_lists_everything_when_nothing_resembles() -> None:
-    assert nearest("zzz", ["b", "a"]) == "allowed: a, b"
-    assert nearest("zzz", []) == "allowed: none"

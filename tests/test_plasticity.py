@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardy.ops.plasticity import dormant_fraction, effective_rank, weight_norm
+from hardy.ops.plasticity import dormant_fraction, effective_rank
 
 
 def test_dormant_units_are_those_far_below_the_mean_response() -> None:
@@ -50,8 +50,3 @@ def test_members_do_not_disturb_one_another(measure: object) -> None:
         result = measure(features)
         assert torch.equal(result[[0, 2]], clean[[0, 2]])
         assert result[1].isnan()
-
-
-def test_weight_norm_is_taken_over_all_weights_of_a_member() -> None:
-    weights = [torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[[4.0]], [[1.0]]]), torch.tensor([0.0, 1.0])]
-    assert weight_norm(weights).tolist() == [5.0, 2.0]

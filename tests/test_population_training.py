@@ -6,12 +6,14 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from small_runs import EVERYTHING, Primes, assert_same, member, rollout_shapes, snapshot, tiny, trainer
 
 from hardy import DistributionalPPO
 from hardy.checkpoint import CheckpointError
 from hardy.envs import make_from
 from hardy.population import ExploitRule, MemberGenerators, exploit_, leaves
+from hardy.trainer import Trainer
 
 LONG = 1000
 SEEDS = (11, 5, 8, 2, 13, 1, 7)
@@ -70,8 +72,9 @@ def test_so_does_one_with_continuous_actions_and_separate_memories(memory, optim
 
 
 def test_equal_seeds_give_equal_members_and_other_seeds_others():
-    state, _ = train(tiny(EVERYTHING), [4, 9, 4], [0, 0, 0], 2, torch.float64)
-    assert_same(member(state, 0), member(state, 2), 1e-10)
+    state, _ = train(tiny(EVERYTHING), [4, 9], [0, 0], 2, torch.float64)
+    moved, _ = train(tiny(EVERYTHING), [9, 4], [0, 0], 2, torch.float64)
+    assert_same(member(state, 0), member(moved, 1), 1e-10)
     for part in ("parameters.core.memory", "collector.obs", "generators", "observation.mean"):
         for path, value in state.items():
             assert not path.startswith(part) or not torch.equal(value[0], value[1]), path
@@ -217,13 +220,14 @@ def test_where_environments_cannot_be_saved_new_episodes_begin(tmp_path):
     run.iterate(LONG)
     run.save(tmp_path / "run.safetensors", {})
     saved = snapshot(run.state)
+    assert saved["reward.running_return"].abs().sum() > 0
     other = gym_trainer()
     other.iterate(LONG)
     other.restore(tmp_path / "run.safetensors")
     found = snapshot(other.state)
     assert found["collector.is_first"].all()
-    for name in ("recurrent", "episode_return", "episode_length"):
-        assert found[f"collector.{name}"].eq(0).all()
+    for name in ("collector.recurrent", "collector.episode_return", "collector.episode_length", "reward.running_return"):
+        assert found[name].eq(0).all(), name
     new = {f"collector.{name}" for name in ("obs", "is_first", "recurrent", "episode_return", "episode_length")}
     new.add("reward.running_return")
     assert_same({k: v for k, v in found.items() if k not in new}, {k: v for k, v in saved.items() if k not in new})
@@ -239,9 +243,71 @@ def test_a_checkpoint_of_other_members_environments_shapes_or_kind_is_refused(tm
         trainer(tiny(policy={"memory_size": 6}), [1, 2]).restore(tmp_path / "two.safetensors")
     with pytest.raises(CheckpointError, match="state of other environments"):
         trainer(tiny(env=EVERYTHING["env"]), [1, 2]).restore(tmp_path / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds the seeds \[1, 2\], the run has \[2, 1\]"):
+        trainer(tiny(), [2, 1]).restore(tmp_path / "two.safetensors")
     policy = DistributionalPPO.of(trainer(tiny(), [1])).export_policy(tmp_path / "policy")
     with pytest.raises(CheckpointError, match="a policy file cannot be continued"):
         trainer(tiny(), [1]).restore(policy)
+
+
+@pytest.mark.parametrize("seeds", [["a"], [1.5], [1, 1], [-1], []], ids=str)
+def test_seeds_are_different_whole_numbers(seeds):
+    with pytest.raises(ValueError, match=r"seeds = .*: must be whole numbers >= 0, at least one, no two alike"):
+        Trainer.__init__.__wrapped__(object.__new__(Trainer), tiny(), seeds)  # without the checks that the tests add
+    assert trainer(tiny(), [np.int64(3), 4]).document()["seeds"] == [3, 4]
+
+
+def test_a_run_of_no_steps_is_refused():
+    with pytest.raises(ValueError, match="total_timesteps = 0: must be at least 1"):
+        trainer(tiny()).iterate(0)
+
+
+# ----------------------------------------------------------------------------------------------------- drift, plasticity
+
+
+def test_an_evaluation_plays_the_physics_that_training_reached(monkeypatch):
+    run = trainer(tiny(env={"drift": {"kind": "physics", "every": 40, "ranges": {"gravity": [5.0, 15.0]}}}), [3, 8])
+    run.iterate(LONG)
+    met = []
+    monkeypatch.setattr("hardy.trainer.evaluate", lambda env, *args, **kwargs: met.append(env) or np.zeros((2, 4)))
+    run.evaluate(4)
+    (twin,) = met
+    here, there = (env._env._physics["gravity"].reshape(2, -1)[:, 0].tolist() for env in (run.env, twin))
+    assert there == here
+    assert len({9.8, *here}) == 3
+
+
+def test_the_drift_counts_the_steps_that_were_played(tmp_path, monkeypatch):
+    """Where the vector environment spends a step on each reset, fewer of them than the rollouts have."""
+
+    def next_step_trainer():
+        factories = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=4)] * 5
+        vector = SyncVectorEnv(factories, autoreset_mode=AutoresetMode.NEXT_STEP)
+        settings = tiny(env={"id": "CartPole-v1", "drift": {"kind": "permute", "every": 46}})
+        return trainer(settings, [3], env=make_from(vector, [3], drift=settings.env.drift))
+
+    run = next_step_trainer()
+    metrics = run.iterate(LONG)
+    assert run.timesteps == 55
+    assert run.env.steps.tolist() == [45]  # 2 of 11 steps of each environment were resets
+    assert metrics["env/drift_changes"] == 0
+    met = []
+    monkeypatch.setattr("hardy.trainer.evaluate", lambda env, *args, **kwargs: met.append(env) or np.zeros((1, 4)))
+    run.evaluate(4)
+    assert met[0].steps.tolist() == [45]
+    run.save(tmp_path / "run.safetensors", {})
+    other = next_step_trainer()
+    other.restore(tmp_path / "run.safetensors")
+    assert other.env.steps.tolist() == [45]
+
+
+def test_dormant_units_are_counted_in_each_memory_against_its_own_response(monkeypatch):
+    run = trainer(tiny(policy={"memory": "none", "encoder": [4], "shared_memory": False}))
+    rollout = torch.ones(1, 11, 5, 4, dtype=torch.float64)
+    rollout[..., 0] = 0.0
+    weak = torch.full_like(rollout, 1e-3)  # would all be dormant beside the other's units
+    monkeypatch.setattr(run.policy, "features", lambda *_: (rollout, weak))
+    assert run.iterate(LONG)["plasticity/dormant_fraction"].tolist() == [0.125]
 
 
 def test_streams_of_a_member_are_independent():

@@ -30,9 +30,11 @@ def write_run(folder: Path, members: int = 1, rows: int = 30, **constant: float)
             values: dict[str, Any] = {"env/drift_changes": float(index >= 15), "time/elapsed": (index + 1) * 0.5}
             values["rollout/ep_rew_mean"] = torch.arange(members) + (100.0 if index < 15 else 0.0)
             values["train/value_loss"] = torch.full((members,), 0.5)
-            if index % 10 == 9:
+            if index % 10 == 9 and index + 1 < rows:
                 values |= {"eval/mean": 50.0, "eval/low": 40.0, "eval/high": 70.0}
             writer.write((index + 1) * 100, values | constant)
+        if rows:  # the final evaluation has a row of its own, of the same step
+            writer.write(rows * 100, {"eval/mean": 60.0, "eval/low": 30.0, "eval/high": 80.0})
     return folder
 
 
@@ -61,8 +63,9 @@ def test_the_picture_shows_returns_changes_and_evaluations(tmp_path: Path, drawn
     assert curves(top)["smoothed"].get_ydata().tolist() == [100.0] * 15 + [0.0] * 15  # not smeared over the change
     assert list(curves(top)["task changes"].get_xdata()) == [1600, 1600]
     (bars,) = top.containers
-    assert bars[0].get_xydata().tolist() == [[1000, 50], [2000, 50], [3000, 50]]
+    assert bars[0].get_xydata().tolist() == [[1000, 50], [2000, 50], [3000, 60]]
     assert bars[2][0].get_segments()[0].tolist() == [[1000, 40], [1000, 70]]
+    assert bars[2][0].get_segments()[2].tolist() == [[3000, 30], [3000, 80]]
     assert set(bottom.get_lines()[0].get_ydata()) == {0.5}
     assert set(right.get_lines()[0].get_ydata()) == {0.25}
 
@@ -126,7 +129,7 @@ def test_summary_says_what_ran_and_how_it_went(tmp_path: Path) -> None:
 
 def test_summary_falls_back_on_the_last_evaluation_and_on_nothing(tmp_path: Path) -> None:
     summary = json.loads(write_summary(write_run(tmp_path / "a"), seed=0, status="finished").read_text())
-    assert summary["evaluation"] == {"mean": 50.0, "low": 40.0, "high": 70.0, "episodes": None}
+    assert summary["evaluation"] == {"mean": 60.0, "low": 30.0, "high": 80.0, "episodes": None}
     assert "error" not in summary
     empty = json.loads(write_summary(write_run(tmp_path / "b", rows=0), seed=0, status="interrupted").read_text())
     assert empty["total_timesteps"] == 0

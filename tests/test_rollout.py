@@ -230,7 +230,7 @@ def test_an_evaluation_counts_the_first_episode_of_every_environment(mode, deter
     rewards = [sum(np.cos(row + t) for t in range(1, script[0][0] + 1)) for row, script in enumerate(SCRIPTS)]
     env = scripted(SCRIPTS, mode)
     policy = policy_for(env)
-    found = evaluate(env, policy, normalize, 1, deterministic, noise())
+    found = evaluate(env, policy, normalize, 1, deterministic, noise(), max_steps=100)
     np.testing.assert_allclose(found, [rewards], atol=1e-6)
 
 
@@ -244,10 +244,25 @@ def test_a_deterministic_evaluation_draws_nothing_and_takes_the_mode():
     first = env.env.reset
     obs = torch.from_numpy(first()).double().unsqueeze(0)
     env.reset = lambda: obs[0].float().numpy()
-    evaluate(env, policy, normalize, 1, True, generators)
+    evaluate(env, policy, normalize, 1, True, generators, max_steps=100)
     assert torch.equal(generators.get_state(), before)
     with torch.no_grad():
         mode = policy.step(normalize(obs), policy.initial_state(1, 3), torch.ones(1, 3, dtype=torch.bool))[0].mode()
     assert taken[0].tolist() == mode[0].tolist()
-    evaluate(env, policy, normalize, 1, False, generators)
+    evaluate(env, policy, normalize, 1, False, generators, max_steps=100)
     assert not torch.equal(generators.get_state(), before)
+
+
+def test_an_evaluation_ends_though_an_episode_does_not():
+    env = Recorder(scripted([[(10**9, TERMINATED)], [(3, TERMINATED)]]))
+    found = evaluate(env, policy_for(env), normalize, 1, True, noise(), max_steps=7)
+    assert len(env.steps) == 7
+    expected = [sum(np.cos(row + t) for t in range(1, length + 1)) for row, length in enumerate((7, 3))]
+    np.testing.assert_allclose(found, [expected], atol=1e-6)
+
+
+def test_an_evaluation_stops_when_asked():
+    env = Recorder(scripted([[(10**9, TERMINATED)]]))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(env, policy_for(env), normalize, 1, True, noise(), max_steps=100, stop=lambda: len(env.steps) == 5)
+    assert len(env.steps) == 5

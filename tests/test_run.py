@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hardy import CheckpointError, ConfigError, DistributionalPPO, run
+from hardy import trainer as trainer_module
 from hardy.checkpoint import load_tensors
 from hardy.config import dump_settings, load_settings, settings_from_dict
 from hardy.metrics import METRICS, MetricsWriter
@@ -124,7 +126,7 @@ def test_the_configuration_is_fully_resolved_and_reloads_equal(finished: Path) -
 
 
 def test_the_metrics_of_every_iteration(finished: Path) -> None:
-    table = rows(finished)
+    *table, evaluated = rows(finished)
     assert [int(row["time/total_timesteps"]) for row in table] == [32, 64, 96, 128]
     losses = "value_loss policy_loss entropy approx_kl clip_fraction explained_variance grad_norm"
     asked = [f"train/{name}" for name in losses.split(" ")]
@@ -135,7 +137,11 @@ def test_the_metrics_of_every_iteration(finished: Path) -> None:
     assert (
         table[0]["plasticity/dormant_fraction"] and table[0]["plasticity/effective_rank"] and table[0]["plasticity/weight_norm"]
     )
-    assert [bool(row["eval/mean"]) for row in table] == [False, False, False, True]
+    assert not any(row["eval/mean"] for row in table)
+    assert {name: value for name, value in evaluated.items() if value}.keys() == {
+        "time/total_timesteps", "eval/mean", "eval/low", "eval/high",
+    }  # fmt: skip
+    assert evaluated["time/total_timesteps"] == "128"
     accumulator = EventAccumulator(str(finished))
     accumulator.Reload()
     tags = set(accumulator.Tags()["scalars"])
@@ -287,7 +293,11 @@ def test_a_killed_run_ends_as_if_never_killed(
             train(make_settings(tmp_path / "cut"))
     cut = tmp_path / "cut" / FOLDER
     assert summary(cut)["status"] == "failed"
-    resume(cut)
+    if when == "before the evaluation":  # nothing of the training is lost
+        assert checkpoints(cut)[-1] == "step_000000128.safetensors"
+        assert summary(cut)["evaluation"]["mean"] is None
+        (cut / "summary.json").unlink()  # as a kill leaves it
+    assert resume(cut).status == "finished"
     assert_same_results(finished, cut)
 
 
@@ -299,10 +309,38 @@ def test_a_termination_signal_is_as_good(tmp_path: Path, monkeypatch: pytest.Mon
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_interruption_in_the_last_iteration_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_in_the_last_iteration_leaves_the_evaluation_for_later(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupt_after(monkeypatch, 4)
     outcome = train(make_settings(tmp_path))
-    assert outcome.status == "finished" and outcome.evaluation is not None
+    assert (outcome.status, outcome.evaluation, outcome.resumable) == ("interrupted", None, True)
+    assert resume(outcome.folder).status == "finished"
+    assert_same_results(finished, outcome.folder)
+    with pytest.raises(ConfigError, match="is at 128 already"):
+        resume(outcome.folder)
+
+
+def test_an_evaluation_that_never_ends_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = trainer_module.evaluate
+
+    def endless(env: Any, *args: Any, **kwargs: Any) -> Any:
+        step, left = env.step, iter(range(3, -1000, -1))
+
+        def never_over(actions: Any) -> Any:
+            if next(left) == 1:
+                signal.raise_signal(signal.SIGINT)
+            taken = step(actions)
+            nothing = np.zeros_like(taken.terminated)
+            return dataclasses.replace(taken, terminated=nothing, truncated=nothing)
+
+        env.step = never_over
+        return evaluate(env, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "evaluate", endless)
+    outcome = train(make_settings(tmp_path))
+    assert (outcome.status, outcome.evaluation) == ("interrupted", None)
+    assert run.STOPPING in LINES
 
 
 def test_a_second_interruption_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,9 +353,14 @@ def test_a_second_interruption_ends_at_once(tmp_path: Path, monkeypatch: pytest.
         return iterate(self, total_timesteps)
 
     monkeypatch.setattr(Trainer, "iterate", twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(make_settings(tmp_path))
+    outcome = train(make_settings(tmp_path))
+    assert (outcome.status, outcome.resumable) == ("interrupted", True)
+    assert LINES == [run.STOPPING]
     assert checkpoints(tmp_path / FOLDER) == ["step_000000032.safetensors"]
+    assert summary(tmp_path / FOLDER)["status"] == "interrupted"
+    assert "error" not in summary(tmp_path / FOLDER)
+    sparse = train(make_settings(tmp_path, checkpoint={"every": 10**6}))
+    assert (sparse.status, sparse.resumable) == ("interrupted", False)
 
 
 def test_the_command_is_interrupted_and_goes_on(tmp_path: Path) -> None:
@@ -335,6 +378,7 @@ def test_the_command_is_interrupted_and_goes_on(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err == ""
+    assert run.STOPPING in out
     assert f"continue with: hardy resume {tmp_path / FOLDER}" in out
     done = int(rows(tmp_path / FOLDER)[-1]["time/total_timesteps"])
     assert checkpoints(tmp_path / FOLDER) == [f"step_{done:09d}.safetensors"]
@@ -345,7 +389,7 @@ def test_the_command_is_interrupted_and_goes_on(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (resumed.returncode, resumed.stderr) == (0, "")
     table = rows(tmp_path / FOLDER)
-    assert [int(row["time/total_timesteps"]) for row in table] == list(range(ITERATION, total + 1, ITERATION))
+    assert [int(row["time/total_timesteps"]) for row in table] == [*range(ITERATION, total + 1, ITERATION), total]
     assert summary(tmp_path / FOLDER)["status"] == "finished"
 
 
@@ -389,24 +433,38 @@ def test_a_finished_run_goes_on_only_if_it_gets_longer(tmp_path: Path) -> None:
     assert resume(folder, f"total_timesteps={6 * ITERATION}").status == "finished"
     assert load_settings(RunSettings, folder / "config.yaml").total_timesteps == 192
     table = rows(folder)
-    assert [int(row["time/total_timesteps"]) for row in table] == [32, 64, 96, 128, 160, 192]
-    assert [bool(row["eval/mean"]) for row in table] == [False, False, False, True, False, True]
+    assert [int(row["time/total_timesteps"]) for row in table] == [32, 64, 96, 128, 128, 160, 192, 192]
+    assert [bool(row["eval/mean"]) for row in table] == [False] * 4 + [True] + [False] * 2 + [True]
     assert_times_grow(folder)
 
 
 def assert_times_grow(folder: Path) -> None:
     with (folder / "metrics.csv").open() as file:
-        elapsed = [float(row["time/elapsed"]) for row in csv.DictReader(file)]
+        elapsed = [float(row["time/elapsed"]) for row in csv.DictReader(file) if row["time/elapsed"]]
     assert elapsed == sorted(elapsed)
 
 
+def rates(folder: Path) -> list[float]:
+    return [float(row["train/learning_rate"]) for row in rows(folder) if row["train/learning_rate"]]
+
+
 def test_an_override_of_a_hyperparameter_takes_effect(tmp_path: Path) -> None:
-    folder = train(make_settings(tmp_path)).folder
+    folder = train(make_settings(tmp_path, optimizer={"lr": 3e-4})).folder
     resume(folder, "total_timesteps=192", "optimizer.lr=0.125", "ppo.ent_coef=0.5")
-    rates = [float(row["train/learning_rate"]) for row in rows(folder)]
-    assert rates == pytest.approx([3e-4] * 4 + [0.125] * 2)
+    assert rates(folder) == pytest.approx([3e-4] * 4 + [0.125] * 2)
     tensors, _ = load_tensors(folder / "checkpoints" / checkpoints(folder)[-1])
     assert tensors["hyper.ppo.ent_coef"].tolist() == [0.5]
+
+
+def test_a_hyperparameter_tuned_since_the_start_stays_tuned(tmp_path: Path) -> None:
+    folder = train(make_settings(tmp_path, optimizer={"lr": 3e-4})).folder
+    path = folder / "checkpoints" / checkpoints(folder)[-1]
+    trainer = run.make_trainer(load_settings(RunSettings, folder / "config.yaml"))
+    document = trainer.restore(path)
+    trainer.state.hyper["optimizer.lr"].fill_(0.0625)
+    trainer.save(path, {"elapsed": document["elapsed"]})
+    resume(folder, "total_timesteps=192", "ppo.ent_coef=0.5")
+    assert rates(folder) == pytest.approx([3e-4] * 4 + [0.0625] * 2)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +498,7 @@ def test_environments_that_cannot_be_saved_start_anew_in_the_drifted_task(
     assert bool(trainer.state.collector.is_first.all())
     monkeypatch.undo()
     assert resume(folder).status == "finished"
-    assert [row["env/drift_changes"] for row in rows(folder)] == ["0", "1", "1", "2"]
+    assert [row["env/drift_changes"] for row in rows(folder)] == ["0", "1", "1", "2", ""]
 
 
 def test_a_gymnasium_task_that_cannot_be_made_is_explained(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,6 +77,15 @@ def test_local_gating_normalises_along_the_last_axis_and_takes_scalars() -> None
     matrix, scalar = gates([weight, torch.tensor(2.0)], [gradient, torch.tensor(-5.0)], gating="local")
     torch.testing.assert_close(matrix, 1 - torch.sigmoid(torch.tensor([[0.6, 0.8], [0.0, 1.0]])))
     torch.testing.assert_close(scalar, 1 - torch.sigmoid(torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize("exponent", [-30, -36, -38, -44])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_first_gradient_next_to_nothing_leaves_finite_weights(exponent: int, sign: float) -> None:
+    """Bias correction of the first step enlarges the inverse of η a thousand times, beyond float32."""
+    gradients = [torch.tensor([sign * 10.0**exponent, 0.0]), torch.zeros(3)]
+    for moved in moves(UPGDW, [torch.ones(2), torch.ones(3)], gradients):
+        assert moved.isfinite().all()
 
 
 def test_groups_choose_their_gating() -> None:
@@ -302,3 +312,30 @@ def test_impossible_arguments_are_refused(arguments: dict[str, Any], named: str)
     if "lr" in arguments:
         with pytest.raises(ValueError, match=named):
             UPGD([nn.Parameter(torch.ones(2))]).add_param_group({"params": [nn.Parameter(torch.ones(2))], **arguments})
+
+
+@pytest.mark.parametrize("name", ["adaptive_noise", "protecting"])
+@pytest.mark.parametrize("value", ["yes", "no", 1, None])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_truth_value_is_true_or_false(cls: type, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} = {value!r}: must be True or False"):
+        cls([{"params": [nn.Parameter(torch.ones(2))], name: value}])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"adaptive_noise": "yes"}, ValueError, "adaptive_noise = 'yes': must be True or False"),
+        ({"protecting": "no"}, ValueError, "protecting = 'no': must be True or False"),
+        ({"reference": "no"}, ValueError, "reference = 'no': must be True or False"),
+        ({"generator": 3}, TypeError, "generator = 3: must be a Generator or None"),
+        ({"gradient_scaler": 3}, TypeError, "gradient_scaler = 3: must be a VarianceGradientScaler or None"),
+    ],
+)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_arguments_of_another_type_are_refused(
+    cls: type, arguments: dict[str, Any], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # outside the tests nothing checks the annotations
+    with pytest.raises(error, match=message):
+        cls([nn.Parameter(torch.ones(2))], **arguments)

@@ -105,13 +105,13 @@ def test_golden_values(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_population_of_three_equals_three_ordinary_optimizers(name: str, adaptive_noise: bool) -> None:
     settings = {"name": name, "lr": 0.02, "sigma": 0.05, "weight_decay": 0.1, "adaptive_noise": adaptive_noise}
-    population = Population(3, settings, {"enabled": adaptive_noise, "warmup_steps": 2, "alpha": 0.1})
+    population = Population(3, settings, {"enabled": adaptive_noise, "warmup_steps": 2, "alpha": 0.1, "beta": 0.9})
     lrs = [0.02, 0.05, 0.1]
     population.hyper["optimizer.lr"] = torch.tensor(lrs, dtype=torch.float64)
     models, optimizers = [], []
     for member, lr in enumerate(lrs):
         model = {n: torch.nn.Parameter(p[member].clone()) for n, p in population.parameters.items()}
-        scaler = VarianceGradientScaler(model, alpha=0.1, warmup_steps=2) if adaptive_noise else None
+        scaler = VarianceGradientScaler(model, alpha=0.1, warmup_steps=2, beta=0.9) if adaptive_noise else None
         optimizers.append(
             CLASSES[name](
                 model.values(), lr=lr, sigma=0.05, weight_decay=0.1, beta_utility=0.999, adaptive_noise=adaptive_noise,

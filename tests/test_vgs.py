@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hardy.optim import UPGDW, AdaptiveUPGD, VarianceGradientScaler
+from hardy.optim.settings import VGSSettings
 from hardy.optim.vgs import noise_to_signal_ratio, shrinkage, squared_weight_sum
 
 SIZE = 20_000
@@ -52,6 +53,23 @@ def test_known_mean_and_covariance_are_recovered_within_5_percent(ratio: float, 
     feed(scaler, parameters["w"], 40, *heterogeneous(ratio), parts)
     assert scaler.normalized_variance == pytest.approx(ratio, rel=0.05)
     assert scaler.scaling_factor == pytest.approx(1 / (1 + ratio), rel=0.05)
+
+
+def share_at_the_bound(beta: float) -> float:
+    """How often the factor stands at its lower bound, for a gradient of 5 dimensions whose true factor is 1/21."""
+    parameters, scaler = scaler_of("w", size=5, beta=beta)
+    mean, deviation = heterogeneous(20.0, 5)
+    factors = []
+    for _ in range(800):
+        feed(scaler, parameters["w"], 1, mean, deviation)
+        factors.append(scaler.scaling_factor)
+    return sum(factor <= 0.01 for factor in factors[300:]) / 500
+
+
+def test_the_default_window_resolves_the_ratios_of_reinforcement_learning() -> None:
+    # In few dimensions a short window finds no signal at all every now and then, and the factor jumps to its bound.
+    assert share_at_the_bound(VGSSettings().beta) < 0.01
+    assert share_at_the_bound(0.9) > 0.1
 
 
 @pytest.mark.parametrize(("estimator", "parts"), [("ema", 1), ("microbatch", 4)])

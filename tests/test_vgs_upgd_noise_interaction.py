@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 
+from hardy.config import load_settings
 from hardy.optim import UPGD, UPGDW, AdaptiveUPGD, OptimizerSettings, VarianceGradientScaler
 from hardy.optim.transforms import Step, TensorOptions
 from hardy.optim.upgd import perturb
+from hardy.trainer import RunSettings
 
 CLASSES = [UPGD, UPGDW, AdaptiveUPGD]
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -104,24 +103,12 @@ def test_fixed_noise_with_vgs_warns_once(cls: type) -> None:
     cls([p], adaptive_noise=False)
 
 
-def values_of(key: str, tree: Any) -> Iterator[Any]:
-    """Every value under ``key`` at any depth."""
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            if name == key:
-                yield value
-            yield from values_of(key, value)
-    elif isinstance(tree, list):
-        for item in tree:
-            yield from values_of(key, item)
-
-
 def test_every_shipped_configuration_has_adaptive_noise() -> None:
     assert OptimizerSettings().adaptive_noise is True
     files = sorted(CONFIGS.glob("**/*.yaml"))
     assert files, f"no configuration under {CONFIGS}"
     for file in files:
-        assert all(value is True for value in values_of("adaptive_noise", yaml.safe_load(file.read_text()))), file.name
+        assert load_settings(RunSettings, file).optimizer.adaptive_noise is True, file.name
 
 
 def losses_under_hard_scaling(adaptive_noise: bool, seed: int) -> Tensor:

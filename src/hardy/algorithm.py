@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
-from hardy.config import nearest, settings_from_dict
+from hardy.config import ConfigError, nearest, settings_from_dict
 from hardy.console import LiveView
 from hardy.envs import make, make_from
 from hardy.nn.normalizer import RunningMoments
@@ -73,22 +74,32 @@ class DistributionalPPO:
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"policy = {policy!r}: allowed are {', '.join(POLICIES)}{nearest(policy, POLICIES)}")
-        described = {"num_envs": num_envs, **_described(env), "drift": drift}
+        if not isinstance(policy, str) or policy not in POLICIES:
+            raise ValueError(f"policy = {policy!r}: allowed are {', '.join(POLICIES)}{nearest(str(policy), POLICIES)}")
+        memory = POLICIES[policy]
+        if isinstance(policy_kwargs, Mapping) and policy_kwargs.get("memory", memory) != memory:
+            raise ConfigError(
+                [
+                    f"policy.memory = {policy_kwargs['memory']!r}: policy = '{policy}' has '{memory}'; leave memory out of "
+                    f"policy_kwargs and choose the policy: {', '.join(POLICIES)}"
+                ]
+            )
+        described = {"num_envs": _plain_int(num_envs), **_described(env), "drift": drift}
+        count = described["num_envs"]
+        minibatches = min(DEFAULT_MINIBATCHES, max(count, 1)) if isinstance(count, int) else DEFAULT_MINIBATCHES
         settings = settings_from_dict(
             RunSettings,
             {
-                "seed": seed,
+                "seed": _plain_int(seed),
                 "device": device,
-                "threads": threads,
+                "threads": _plain_int(threads),
                 "env": described,
-                "policy": {"memory": POLICIES[policy], **(policy_kwargs or {})},
-                "optimizer": {"name": optimizer} if isinstance(optimizer, str) else dict(optimizer),
-                "vgs": {"enabled": vgs} if isinstance(vgs, bool) else dict(vgs),
-                "ppo": {"n_minibatches": min(DEFAULT_MINIBATCHES, described["num_envs"]), **(ppo or {})},
-                "critic": dict(critic or {}),
-                "normalizer": dict(normalizer or {}),
+                "policy": _section(policy_kwargs, memory=memory),
+                "optimizer": dict(optimizer) if isinstance(optimizer, Mapping) else {"name": optimizer},
+                "vgs": dict(vgs) if isinstance(vgs, Mapping) else {"enabled": vgs},
+                "ppo": _section(ppo, n_minibatches=minibatches),
+                "critic": _section(critic),
+                "normalizer": _section(normalizer),
             },
         )
         self._hold(_trainer(settings, env))
@@ -125,12 +136,10 @@ class DistributionalPPO:
             callback: called with the model and the metrics after every iteration; returning False ends the training.
 
         Raises:
-            ValueError: the model was loaded without an environment, or ``total_timesteps`` is not positive.
+            ValueError: the model was loaded without an environment, or ``total_timesteps`` is not a positive whole number.
         """
-        if total_timesteps < 1:
-            raise ValueError(f"total_timesteps = {total_timesteps}: must be at least 1")
         trainer = self._require_trainer("learn")
-        end = trainer.timesteps + total_timesteps
+        end = trainer.timesteps + _positive("total_timesteps", total_timesteps)
         with LiveView(end, start=trainer.timesteps) if progress_bar else nullcontext() as view:
             while trainer.timesteps < end:
                 metrics = mean_over_members(trainer.iterate(end))
@@ -234,21 +243,32 @@ class DistributionalPPO:
         return _with_suffix(path)
 
     @classmethod
-    def load(cls, path: str | Path, env: EnvLike | None = None) -> Self:
+    def load(cls, path: str | Path, env: EnvLike | None = None, *, device: str | None = None) -> Self:
         """Read what `save` or `export_policy` wrote, or a checkpoint of a run.
 
         A policy alone, or a model whose environment was an object and is not given here, predicts but does not learn.
 
+        Args:
+            env: instead of the environment that the model was trained in.
+            device: "cpu" or "cuda"; by default where the model was trained, or the processor where CUDA is missing.
+
         Raises:
-            CheckpointError: the file is unreadable, or holds several members.
+            CheckpointError: the file is unreadable or no model, or holds several members.
             ConfigError: the model's settings do not fit the number of environments in ``env``.
             ValueError: ``env`` has other spaces than the model was trained on, or the file is a policy, which cannot learn.
         """
         path = _with_suffix(path)
         tensors, document = load_tensors(path)
+        missing = [name for name in ("settings", "observation_space", "action_space") if name not in document]
+        if missing:
+            raise CheckpointError(f"{path}: a {document['kind']} file without {', '.join(missing)}; allowed is a saved model")
         if len(document.get("seeds", [0])) != 1:
             raise CheckpointError(f"{path}: holds a population of {len(document['seeds'])}; allowed is a single agent")
         described = document["settings"]
+        if device is not None:
+            described["device"] = device
+        elif not torch.cuda.is_available():
+            described["device"] = "cpu"
         if env is not None:
             described["env"] |= _described(env)
         settings = settings_from_dict(RunSettings, described)
@@ -263,13 +283,13 @@ class DistributionalPPO:
             kept = {name: leaf for name, leaf in tensors.items() if not name.startswith((*EPISODE_STATE, ENVIRONMENT))}
             restore_state_(trainer.state, {**_episode_state(trainer), **kept})
             trainer.iteration = document["iteration"]
-            trainer.restart_episodes()
+            trainer.restart_episodes(document)
             return cls.of(trainer)
         model.trainer = None
         model.settings = settings
         model._predict_noise = MemberGenerators([settings.seed], "predict")
-        model.policy = ActorCritic(*model._spaces, settings.policy, settings.critic, [settings.seed])
-        model._observation = RunningMoments.create(1, (model.policy.observation_size,))
+        model.policy = ActorCritic(*model._spaces, settings.policy, settings.critic, [settings.seed]).to(settings.device)
+        model._observation = RunningMoments.create(1, (model.policy.observation_size,), settings.device)
         model._copy_policy(tensors)
         return model
 
@@ -308,6 +328,29 @@ class DistributionalPPO:
 
 def _episode_state(trainer: Trainer) -> dict[str, Tensor]:
     return {name: leaf for name, leaf in flatten_state(trainer.state).items() if name.startswith(EPISODE_STATE)}
+
+
+def _plain_int(value: Any) -> Any:
+    """A whole number of any kind, such as NumPy's, as Python's own; the settings judge everything else."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
+
+
+def _section(given: Any, **defaults: Any) -> Any:
+    """A section with its defaults; what is no section stays as it is, for the settings to refuse."""
+    if given is None:
+        return defaults
+    return {**defaults, **given} if isinstance(given, Mapping) else given
+
+
+def _positive(name: str, value: Any) -> int:
+    """A whole number from 1 on; 1e6 counts as one."""
+    number = int(value) if isinstance(value, float) and value.is_integer() else _plain_int(value)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name} = {value!r}: must be a whole number, at least 1")
+    return number
 
 
 def _described(env: EnvLike) -> dict[str, Any]:

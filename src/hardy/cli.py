@@ -118,7 +118,8 @@ def _finish(outcome: run.Outcome) -> None:
         _say(f"evaluation: {_sentence(outcome.evaluation)}")
     _say(f"results: {outcome.folder}")
     if outcome.status == "interrupted":
-        _say(f"interrupted; continue with: hardy resume {outcome.folder}")
+        going_on = f"continue with: hardy resume {outcome.folder}"
+        _say(f"interrupted; {going_on if outcome.resumable else 'there is no checkpoint yet to continue from'}")
         raise typer.Exit(INTERRUPTED)
 
 
@@ -134,6 +135,3 @@ def main() -> None:
     except (ConfigError, CheckpointError) as error:
         print_error(str(error))
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        sys.exit(INTERRUPTED)

@@ -16,6 +16,7 @@ from hardy.metrics import STEP, read_metrics
 from hardy.nn.parallel import available_cores
 
 Status = Literal["finished", "interrupted", "failed"]
+SUMMARY = "summary.json"
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _BLUE, _ORANGE, _GREEN = "#2563eb", "#d97706", "#059669"
 _VERSIONS = ("hardy", "torch", "numpy", "gymnasium")
@@ -89,7 +90,7 @@ def write_summary(
     }
     if error is not None:
         summary["error"] = error
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     write_json_atomic(path, summary)
     return path
 
@@ -110,7 +111,8 @@ def _draw_return(axes: Any, metrics: Mapping[str, np.ndarray]) -> None:
     axes.plot(steps, smooth, color=_BLUE, linewidth=2, label="mean of members" if members else "smoothed")
     at, mean = _points(metrics, "eval/mean")
     if len(at):
-        spread = np.stack([metrics[f"eval/{end}"][np.isin(metrics[STEP], at)] for end in ("low", "high")])
+        known = np.isfinite(metrics["eval/mean"])  # not by step: the last iteration's own row has the same one
+        spread = np.stack([metrics[f"eval/{end}"][known] for end in ("low", "high")])
         error = np.nan_to_num(np.abs(spread - mean), posinf=0.0)
         style = {"fmt": "o", "color": _GREEN, "markersize": 5, "capsize": 3, "linewidth": 1.2, "zorder": 4}
         axes.errorbar(at, mean, yerr=error, label="evaluation, 95 % interval", **style)

@@ -171,7 +171,15 @@ def _count_episodes(state: CollectorState, step: EnvStep) -> None:
 
 @torch.no_grad()
 def evaluate(
-    env: BatchedEnv, policy: ActorCritic, normalize: Normalize, members: int, deterministic: bool, noise: MemberGenerators
+    env: BatchedEnv,
+    policy: ActorCritic,
+    normalize: Normalize,
+    members: int,
+    deterministic: bool,
+    noise: MemberGenerators,
+    *,
+    max_steps: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Float[np.ndarray, "P episodes"]:
     """The return of one whole episode of every environment, weights and statistics frozen.
 
@@ -181,6 +189,11 @@ def evaluate(
         env: ``P * episodes`` environments, freshly made.
         deterministic: take the mode of the action distribution instead of a sample.
         noise: generators for the samples; not drawn from where ``deterministic``.
+        max_steps: an episode still running then counts with its return so far: some environments never end one.
+        stop: asked before every step.
+
+    Raises:
+        KeyboardInterrupt: ``stop`` said so.
     """
     obs = policy.flatten(env.reset(), members)
     envs = obs.shape[1]
@@ -188,14 +201,18 @@ def evaluate(
     recurrent = policy.initial_state(members, envs)
     total = np.zeros(members * envs)
     running = np.ones(members * envs, dtype=bool)
-    while running.any():
+    for _ in range(max_steps):
+        if not running.any():
+            break
+        if stop():
+            raise KeyboardInterrupt
         distribution, _, recurrent = policy.step(normalize(obs), recurrent, is_first)
         action = distribution.mode() if deterministic else distribution.sample(policy.draw_noise(noise, envs))
         step = env.step(action.flatten(0, 1).cpu().numpy())
         total += np.where(running & step.valid, step.reward, 0.0)
         running &= ~(step.terminated | step.truncated)
         obs = policy.flatten(step.obs, members)
-        is_first = torch.from_numpy(step.is_first).view(members, envs)
+        is_first = torch.from_numpy(step.is_first).view(members, envs).to(obs.device)
     return total.reshape(members, envs)
 
 

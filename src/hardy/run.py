@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import signal
 import threading
 import time
@@ -18,16 +19,24 @@ import numpy as np
 from scipy import stats
 
 from hardy.algorithm import DistributionalPPO
-from hardy.checkpoint import checkpoint_path, latest_checkpoint, prune_checkpoints, read_document, write_text_atomic
+from hardy.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_document,
+    write_text_atomic,
+)
 from hardy.config import ConfigError, dump_settings, load_settings, tunables
 from hardy.console import LiveView
 from hardy.envs import make
 from hardy.metrics import MetricsWriter
-from hardy.report import Status, learning_curve, write_summary
+from hardy.report import SUMMARY, Status, learning_curve, write_summary
 from hardy.trainer import RunSettings, Trainer
 
 CONFIG, CHECKPOINTS, POLICY = "config.yaml", "checkpoints", "policy.safetensors"
 CONFIDENCE = 0.95
+STOPPING = "finishing this iteration; press Ctrl-C again to stop at once"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +63,15 @@ class Outcome:
     folder: Path
     status: Status
     evaluation: Evaluation | None
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        try:
+            latest_checkpoint(self.folder / CHECKPOINTS)
+        except CheckpointError:
+            return False
+        return True
 
 
 def new_folder(settings: RunSettings, name: str) -> Path:
@@ -109,7 +127,7 @@ def train(settings: RunSettings, name: str, say: Callable[[str], None]) -> Outco
 
 
 def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Outcome:
-    """Continue a run from its newest usable checkpoint.
+    """Continue a run from its newest usable checkpoint; one that only lacks its evaluation is evaluated.
 
     Args:
         folder: of the run.
@@ -129,7 +147,7 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     for name, value in tunables(settings).items():
         if value != tunables(before).get(name):  # else the checkpoint's, which may have been tuned since
             trainer.state.hyper[name].fill_(value)
-    if trainer.timesteps >= settings.total_timesteps:
+    if trainer.timesteps >= settings.total_timesteps and _is_finished(folder, trainer.timesteps):
         raise ConfigError(
             [f"total_timesteps = {settings.total_timesteps}: {folder} is at {trainer.timesteps} already; give a larger number"]
         )
@@ -167,13 +185,18 @@ class _Run:
         error = None
         with MetricsWriter(self.folder, len(self.trainer.seeds), resume_step) as writer:
             try:
-                with _interruptible() as interrupted, LiveView(total, self.folder.name, self.trainer.timesteps) as view:
-                    while self.trainer.timesteps < total:
-                        self._iterate(total, writer, view)
-                        if interrupted():  # not before the first iteration: what has no checkpoint cannot be resumed
-                            break
-                self._save()
+                with _interruptible(self.say) as interrupted:
+                    with LiveView(total, self.folder.name, self.trainer.timesteps) as view:
+                        while self.trainer.timesteps < total:
+                            self._iterate(total, writer, view)
+                            if interrupted():  # not before the first iteration: what has no checkpoint cannot be resumed
+                                break
+                    self._save()
+                    if self.trainer.timesteps >= total:
+                        self._evaluate(writer, interrupted)
                 status = "interrupted" if self.evaluation is None else "finished"
+            except KeyboardInterrupt:  # the second Ctrl-C, or the first during the evaluation
+                status = "interrupted"
             except BaseException as failure:
                 error = f"{type(failure).__name__}: {failure}"
                 raise
@@ -191,9 +214,6 @@ class _Run:
     def _iterate(self, total: int, writer: MetricsWriter, view: LiveView) -> None:
         trainer = self.trainer
         metrics = trainer.iterate(total)
-        if trainer.timesteps >= total:
-            self.evaluation = self._evaluate()
-            metrics |= {f"eval/{name}": getattr(self.evaluation, name) for name in ("mean", "low", "high")}
         metrics["time/elapsed"] = self._elapsed
         view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
         # After the row: a kill in between repeats the iteration, the other order would lose its row.
@@ -214,14 +234,28 @@ class _Run:
         DistributionalPPO.of(self.trainer).export_policy(self.folder / POLICY)
         self._saved = self.trainer.timesteps
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, writer: MetricsWriter, stop: Callable[[], bool]) -> None:
+        # After the checkpoint, in a row of its own: whatever happens to the evaluation, the training is not lost.
         chosen = self.settings.evaluation
-        return summarise(self.trainer.evaluate(chosen.episodes, deterministic=chosen.deterministic)[0])
+        self.evaluation = summarise(self.trainer.evaluate(chosen.episodes, deterministic=chosen.deterministic, stop=stop)[0])
+        row = {f"eval/{name}": getattr(self.evaluation, name) for name in ("mean", "low", "high")}
+        writer.write(self.trainer.timesteps, row)
+
+
+def _is_finished(folder: Path, step: int) -> bool:
+    """Whether the run ended at this step with its evaluation: a run that was killed has a summary of earlier, or none."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        return bool(summary["status"] == "finished" and summary["total_timesteps"] == step)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def _interruptible(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C (or SIGTERM) ends the run after the iteration under way, its state whole; the second at once."""
+    # A thread of its own speaks: the handler may have interrupted the main one in the middle of printing.
+    speaker = threading.Thread(target=say, args=(STOPPING,))
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -229,6 +263,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        speaker.start()
 
     # Only the main thread may set handlers; in another one, whoever owns the main thread decides.
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
@@ -238,3 +273,5 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if asked:
+            speaker.join()

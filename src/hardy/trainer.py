@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,15 +21,13 @@ from hardy.config import Settings, tunables
 from hardy.envs import BatchedEnv, Drift, EnvSettings, make
 from hardy.nn.normalizer import NormalizerSettings, ReturnNormalizer, RunningMoments
 from hardy.nn.parallel import available_cores, set_threads
-from hardy.ops.plasticity import dormant_fraction, effective_rank, weight_norm
+from hardy.ops.plasticity import dormant_fraction, effective_rank
 from hardy.optim import OptimizerSettings, OptimizerState, PopulationOptimizer, VGSSettings
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings, describe_space
-from hardy.population import MemberGenerators, copied, expand, kept, nested, stream_seed, training_state
+from hardy.population import MemberGenerators, copied, expand, kept, member_norm, nested, stream_seed, training_state
 from hardy.ppo import PPO, PPOSettings, scheduled
 from hardy.rollout import CollectorState, Rollout, collect, evaluate, restart_, running_scores, start
 
-DORMANT_THRESHOLD = 0.025
-"""tau of Sokar et al. 2023, section 3."""
 PLASTICITY_SAMPLES = 512
 """Steps of a rollout on which the plasticity measures are taken: their cost stays small."""
 PLASTICITY_EVERY = 10
@@ -44,6 +43,8 @@ class EvaluationSettings(Settings):
     episodes: int = Field(20, ge=2)
     deterministic: bool = True
     """Take the most probable action instead of a sample."""
+    max_steps: int = Field(100_000, ge=1)
+    """Steps after which an episode that does not end counts with its return so far."""
 
 
 class CheckpointSettings(Settings):
@@ -127,6 +128,9 @@ class Trainer:
         seeds: one seed per member; by default one member with ``settings.seed``.
         env: the environments, member after member, ``settings.env.num_envs`` each; by default made from ``settings.env``.
         dtype: precision of weights and state.
+
+    Raises:
+        ValueError: ``seeds`` are not different whole numbers from 0 on, or the parts do not fit the environments.
     """
 
     def __init__(
@@ -137,7 +141,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.settings = settings
-        self.seeds = [settings.seed] if seeds is None else list(seeds)
+        self.seeds = [settings.seed] if seeds is None else _checked_seeds(seeds)
         self.iteration = 0
         set_threads(settings.threads or available_cores())
         members = len(self.seeds)
@@ -188,7 +192,12 @@ class Trainer:
 
         Returns:
             Metrics by name, one number for each member or one for all.
+
+        Raises:
+            ValueError: ``total_timesteps`` is not positive.
         """
+        if total_timesteps < 1:
+            raise ValueError(f"total_timesteps = {total_timesteps}: must be at least 1")
         began = time.perf_counter()
         state = self.state
         rollout = collect(
@@ -206,8 +215,7 @@ class Trainer:
         state.timesteps += self.steps_per_iteration
         self.iteration += 1
         metrics |= running_scores(state.collector)
-        drift = self.settings.env.drift
-        metrics["env/drift_changes"] = 0.0 if drift is None else float(drift.changes_so_far(self.timesteps))
+        metrics["env/drift_changes"] = float(self.env.changes.max()) if isinstance(self.env, Drift) else 0.0
         metrics["time/total_timesteps"] = float(self.timesteps)
         metrics["time/steps_per_second"] = len(self.seeds) * self.steps_per_iteration / (time.perf_counter() - began)
         return metrics
@@ -228,34 +236,42 @@ class Trainer:
             rollout.obs[:, :, :envs], rollout.initial_state[:, :envs], rollout.is_first[:, :, :envs]
         )
         own = features[:1] if self.settings.policy.shared_memory else features
-        units = torch.cat(own, dim=-1).flatten(1, 2)[:, :PLASTICITY_SAMPLES]
+        layers = [layer.flatten(1, 2)[:, :PLASTICITY_SAMPLES] for layer in own]
         return {
-            "plasticity/dormant_fraction": dormant_fraction(units, DORMANT_THRESHOLD),
-            "plasticity/effective_rank": effective_rank(units),
-            "plasticity/weight_norm": weight_norm(list(self.state.parameters.values())),
+            # Each trunk against its own mean response; the trunks have equally many units.
+            "plasticity/dormant_fraction": torch.stack([dormant_fraction(layer) for layer in layers]).mean(0),
+            "plasticity/effective_rank": effective_rank(torch.cat(layers, dim=-1)),
+            "plasticity/weight_norm": member_norm(list(self.state.parameters.values())),
         }
 
     def evaluate(
-        self, episodes: int, *, deterministic: bool = True, seed: int | None = None
+        self, episodes: int, *, deterministic: bool = True, seed: int | None = None, stop: Callable[[], bool] = lambda: False
     ) -> Float[np.ndarray, "P episodes"]:
         """Returns of whole episodes in fresh environments, weights and statistics frozen, physics as they are now.
 
         Args:
             seed: of the environments and samples, the same for all members; by default it follows from ``settings.seed``.
+            stop: asked before every step.
+
+        Raises:
+            KeyboardInterrupt: ``stop`` said so.
         """
         members = len(self.seeds)
         common = stream_seed(self.settings.seed, "evaluation") if seed is None else seed
-        env = make(self.settings.env, [common] * members, episodes, drift_step=self.timesteps, drift_seeds=self.seeds)
+        reached = self.env.steps if isinstance(self.env, Drift) else self.timesteps
+        env = make(self.settings.env, [common] * members, episodes, drift_step=reached, drift_seeds=self.seeds)
         try:
             noise = MemberGenerators([common] * members, "evaluation")
-            return evaluate(env, self.policy, self.normalize, members, deterministic, noise)
+            limit = self.settings.evaluation.max_steps
+            return evaluate(env, self.policy, self.normalize, members, deterministic, noise, max_steps=limit, stop=stop)
         finally:
             env.close()
 
-    def restart_episodes(self) -> None:
-        """Start a new episode in every environment, a drifting task brought to where the training stands."""
+    def restart_episodes(self, document: Mapping[str, Any]) -> None:
+        """Start a new episode in every environment, a drifting task brought to where the run in ``document`` stood."""
         if isinstance(self.env, Drift):
-            self.env.set_steps(self.state.timesteps.numpy())
+            # A run whose task did not drift says nothing about it: its steps are then the nearest there is.
+            self.env.set_steps(np.array(document.get("drift_steps") or self.state.timesteps.tolist()))
         restart_(self.state.collector, self.env, self.policy)
         self.state.reward.running_return.zero_()
 
@@ -265,6 +281,7 @@ class Trainer:
             "seeds": self.seeds,
             "iteration": self.iteration,
             "timesteps": self.timesteps,
+            "drift_steps": self.env.steps.tolist() if isinstance(self.env, Drift) else None,
             "settings": self.settings.model_dump(mode="json"),
             "observation_space": describe_space(self.env.observation_space),
             "action_space": describe_space(self.env.action_space),
@@ -292,11 +309,13 @@ class Trainer:
             raise CheckpointError(f"{path}: a {document.get('kind')} file cannot be continued; allowed is a checkpoint")
         if len(document["seeds"]) != len(self.seeds):
             raise CheckpointError(f"{path}: holds {len(document['seeds'])} members, the run has {len(self.seeds)}")
+        if document["seeds"] != self.seeds:
+            raise CheckpointError(f"{path}: holds the seeds {document['seeds']}, the run has {self.seeds}")
         arrays = {name: tensors.pop(name).numpy() for name in list(tensors) if name.startswith(ENVIRONMENT)}
         restore_state_(self.state, tensors)
         self.iteration = document["iteration"]
         if document["environment"] is None:
-            self.restart_episodes()
+            self.restart_episodes(document)
             return document
         named = {name.removeprefix(ENVIRONMENT): array for name, array in arrays.items()}
         try:
@@ -304,6 +323,16 @@ class Trainer:
         except ValueError as error:
             raise CheckpointError(f"{path}: holds the state of other environments: {error}") from error
         return document
+
+
+def _checked_seeds(seeds: Sequence[Any]) -> list[int]:
+    try:
+        checked = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        checked = []
+    if not checked or min(checked) < 0 or len(set(checked)) < len(checked):
+        raise ValueError(f"seeds = {list(seeds)}: must be whole numbers >= 0, at least one, no two alike")
+    return checked
 
 
 def mean_over_members(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:

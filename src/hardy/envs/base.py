@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from jaxtyping import Bool, Float, Float32, Shaped
 
+from hardy.config import nearest
 from hardy.population import stream_seed
 
 
@@ -101,24 +101,15 @@ def row_seeds(seeds: Sequence[int], num_envs: int) -> list[int]:
     return [stream_seed(seed, "env", index) for seed in seeds for index in range(num_envs)]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Up to three known names that resemble ``name``, as a phrase for an error message; all of them if none does."""
-    by_lower = {item.lower(): item for item in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    if close:
-        return f"nearest: {', '.join(by_lower[item] for item in close)}"
-    return f"allowed: {', '.join(sorted(by_lower.values())) or 'none'}"
-
-
 def require_name(argument: str, name: str, known: Iterable[str]) -> None:
     """Refuse a name that is not known.
 
     Raises:
-        ValueError: names the argument, the name and the nearest known ones.
+        ValueError: names the argument, the name, the known ones and the nearest of them.
     """
-    known = list(known)
+    known = sorted(known)
     if name not in known:
-        raise ValueError(f"{argument} = {name!r} is unknown ({nearest(name, known)})")
+        raise ValueError(f"{argument} = {name!r}: allowed are {', '.join(known) or 'none'}{nearest(name, known)}")
 
 
 def as_actions(actions: Shaped[np.ndarray, "N ..."], space: Discrete | Box, num_envs: int) -> Shaped[np.ndarray, "N ..."]:

@@ -10,8 +10,8 @@ from gymnasium.spaces import Box
 from jaxtyping import Float, Float32, Float64, Int, Int64, Shaped
 from pydantic import BeforeValidator, Field, model_validator
 
-from hardy.config import Settings
-from hardy.envs.base import BatchedEnv, EnvStep, require_name
+from hardy.config import Settings, nearest
+from hardy.envs.base import BatchedEnv, EnvStep
 from hardy.population import stream_seed
 
 # A range arrives from YAML as a list; strict settings would take a tuple only.
@@ -122,10 +122,17 @@ class Drift(BatchedEnv):
 
     def _check_ranges(self) -> None:
         # Both ends are tried now, so that an impossible range is refused here and not in the middle of a run.
+        known = sorted(self._env.physics)
         for name, ends in self.settings.ranges.items():
-            require_name("drift.ranges", name, self._env.physics)
-            for value in ends:
-                self._env.set_physics(name, np.full(self.num_envs, value))
+            path = f"env.drift.ranges.{name}"
+            if name not in known:
+                raise ValueError(f"{path}: no such parameter; allowed are {', '.join(known) or 'none'}{nearest(name, known)}")
+            try:
+                for value in ends:
+                    self._env.set_physics(name, np.full(self.num_envs, value))
+            except ValueError as error:
+                reason = str(error).rpartition(": ")[2]
+                raise ValueError(f"{path} = {list(ends)}: {reason}") from error
 
     def _permuted_space(self) -> Box:
         space = self._env.observation_space

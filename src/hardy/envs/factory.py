@@ -11,8 +11,8 @@ import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from pydantic import Field
 
-from hardy.config import Settings
-from hardy.envs.base import BatchedEnv, nearest, row_seeds
+from hardy.config import Settings, nearest
+from hardy.envs.base import BatchedEnv, row_seeds
 from hardy.envs.drift import Drift, DriftSettings, Steps
 from hardy.envs.gymnasium_adapter import GymVectorEnv
 from hardy.envs.tasks import TASKS
@@ -129,7 +129,7 @@ def _resolve(name: str) -> str:
             raise ValueError(f"env.id = {name!r}: {error}") from error
     known = {*TASKS, *gymnasium.registry}
     if bare not in known:
-        raise ValueError(f"env.id = {name!r}: no such environment is registered ({nearest(bare, known)})")
+        raise ValueError(f"env.id = {name!r}: no such environment is registered{nearest(bare, known)}")
     return bare
 
 

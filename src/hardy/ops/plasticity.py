@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from hardy.population import member_norm
 
 
 def dormant_fraction(activations: Float[Tensor, "P N H"], threshold: float = 0.025) -> Float[Tensor, "P"]:
@@ -41,8 +37,3 @@ def effective_rank(features: Float[Tensor, "P N H"]) -> Float[Tensor, "P"]:
     entropy = torch.special.entr(singular / total).sum(1)
     rank = torch.where(total.squeeze(1) > 0, entropy.exp(), 0.0)
     return torch.where(finite, rank, torch.nan)
-
-
-def weight_norm(weights: Sequence[Float[Tensor, "P ..."]]) -> Float[Tensor, "P"]:
-    """Euclidean norm of all of a member's weights together."""
-    return member_norm(weights)

@@ -15,7 +15,7 @@ from hardy.optim.noise import standard_normal_like
 from hardy.optim.population_optimizer import FIXED_NOISE_WARNING
 from hardy.optim.transforms import Gating, Step, TensorOptions, chain, clip_by_member_norm, descend, scale, stateless
 from hardy.optim.upgd import OptimizerName, UPGDState, perturb, upgd
-from hardy.optim.validation import Number, require_number, require_one_of
+from hardy.optim.validation import Number, require_bool, require_instance, require_number, require_one_of
 
 GATINGS = get_args(Gating)
 _LATER_DEFAULTS = {"gating": "global", "protecting": True, "step_factor": 1.0, "adaptive_noise": True}
@@ -42,7 +42,10 @@ class _UPGDBase(Optimizer):
         generator: torch.Generator | None,
         gradient_scaler: VarianceGradientScaler | None,
     ) -> None:
-        if reference and adaptive_noise:
+        require_bool("reference", reference)
+        require_instance("generator", generator, torch.Generator)
+        require_instance("gradient_scaler", gradient_scaler, VarianceGradientScaler)
+        if reference and adaptive_noise is True:
             raise ValueError("adaptive_noise = True with reference = True: the published noise is of fixed sigma")
         if reference and gradient_scaler is not None:
             raise ValueError("gradient_scaler with reference = True: the published step has no scaling; drop one of them")
@@ -183,6 +186,8 @@ class _UPGDBase(Optimizer):
         if "eps" in group:
             require_number("eps", group["eps"], gt=0)
         require_one_of("gating", group["gating"], GATINGS)
+        for name in ("protecting", "adaptive_noise"):
+            require_bool(name, group[name])
         if self.reference and group["adaptive_noise"]:
             raise ValueError("adaptive_noise = True in a group, reference = True: the published noise is of fixed sigma")
         if self.gradient_scaler is not None and not group["adaptive_noise"] and group["sigma"] > 0:
@@ -214,6 +219,7 @@ class UPGD(_UPGDBase):
 
     Raises:
         ValueError: a value outside its range, or ``reference`` with ``adaptive_noise=True`` or with ``gradient_scaler``.
+        TypeError: ``generator`` or ``gradient_scaler`` is something else.
     """
 
     _name: ClassVar[OptimizerName] = "UPGD"

@@ -6,7 +6,7 @@ relative to the largest utility η, sets the gate ``1 − sigmoid(U/η)`` in fro
 Decisions where the paper and the published code leave a choice:
 
 * U and η are bias-corrected alike, so the gate depends on U/η only (published code: corrected U, raw η, `raw_maximum`).
-* η ≤ 0 is replaced by ``max |U|``, which keeps the order; if that is 0 too, the gate is ½.
+* η ≤ 0 is replaced by ``max |U|``, which keeps the order; if that is 0 too, or too small to divide by, the gate is ½.
 * M uses the clipped gradient without weight decay: decay is no part of the loss whose rise M predicts.
 * `step_factor` multiplies the gate wherever it acts, in front of the update (protecting) and in front of the noise.
 * Utilities are averaged for ungated tensors too, so that a state is ready when gating is switched on.
@@ -125,9 +125,10 @@ def _inverse_scale(
     if bool((eta <= 0).any()):
         # Where no utility is positive, the largest magnitude is that of the smallest utility.
         used = torch.where(eta > 0, eta, -(per_tensor(largest=False) / correction).amin(1))
+    # The inverse must be finite in the utilities' own type: infinity times a utility of 0 is NaN.
+    uncorrected = used[:, None] * correction
     tiny = torch.finfo(utilities[0].dtype).tiny
-    inverse = torch.where(used > tiny, 1 / used, 0.0)
-    return eta, inverse[:, None] / correction
+    return eta, torch.where(uncorrected > tiny, 1 / uncorrected, 0.0)
 
 
 def _unit_rows(utility: Tensor) -> Tensor:

@@ -23,6 +23,26 @@ def require_one_of(argument: str, value: object, allowed: Sequence[str]) -> None
     raise ValueError(f"{argument} = {value!r}: allowed are {', '.join(allowed)}{nearest(str(value), allowed)}")
 
 
+def require_bool(argument: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        ValueError: as said.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{argument} = {value!r}: must be True or False")
+
+
+def require_instance(argument: str, value: object, allowed: type) -> None:
+    """Refuse what is neither None nor an instance of the class.
+
+    Raises:
+        TypeError: as said.
+    """
+    if value is not None and not isinstance(value, allowed):
+        raise TypeError(f"{argument} = {value!r}: must be a {allowed.__name__} or None")
+
+
 def require_number(
     argument: str,
     value: object,
