@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ import pytest
 
 from hardy import cli, list_envs
 from hardy.config import dump_settings, load_settings, settings_from_dict
-from hardy.trainer import RunSettings
+from hardy.trainer import RunSettings, Trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = """\
@@ -281,3 +282,23 @@ def test_an_interruption_outside_training_is_no_traceback(hardy: Hardy) -> None:
     code, out, err = hardy("train", "tiny.yaml")
     assert (code, out) == (130, "")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_second_ctrl_c_says_where_the_run_is_and_whether_it_can_go_on(hardy: Hardy, saved: bool) -> None:
+    iterate = Trainer.iterate
+
+    def twice(self: Trainer, total_timesteps: int) -> object:
+        if self.timesteps:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return iterate(self, total_timesteps)
+
+    hardy.monkeypatch.setattr(Trainer, "iterate", twice)
+    code, out, err = hardy("train", "tiny.yaml", f"checkpoint.every={1 if saved else 10**6}")
+    assert (code, err) == (130, "")
+    folder = Path("artifacts") / "tiny-seed0"
+    assert "press Ctrl-C again to stop at once\n" in out and f"results: {folder}\n" in out
+    assert (f"continue with: hardy resume {folder}\n" in out) == saved
+    assert ("there is no checkpoint yet" in out) != saved
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"

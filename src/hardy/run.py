@@ -273,5 +273,5 @@ def _interruptible(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if asked:
+        if speaker.ident is not None:
             speaker.join()

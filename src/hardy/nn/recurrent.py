@@ -39,7 +39,8 @@ class StackedRecurrent(nn.Module):
         layers: number of layers, each fed with the output of the one below.
         generators: one random generator per member, for the initial weights.
 
-    Weights start orthogonal for each gate. Biases start at zero, but for the LSTM's forget gate, which starts at 1
+    Weights start orthogonal for each gate, those of an input narrower than H scaled by √(H/I): a unit's drive then has the
+    size of the input's entries. Biases start at zero, but for the LSTM's forget gate, which starts at 1
     (Jozefowicz et al. 2015, section 3): an agent that forgets by default has to learn to remember before it can learn.
     """
 
@@ -68,7 +69,9 @@ class StackedRecurrent(nn.Module):
             for member, generator in enumerate(generators):
                 for weight in (weight_ih, weight_hh):
                     for gate in weight[member].chunk(GATES[self.kind]):
-                        nn.init.orthogonal_(gate, generator=generator)
+                        # Orthogonal columns of length 1 would spread a narrow input thin over many units.
+                        gain = math.sqrt(max(1.0, gate.shape[0] / gate.shape[1]))
+                        nn.init.orthogonal_(gate, gain=gain, generator=generator)
             if self.kind == "lstm":
                 bias_ih[:, self.hidden_size : 2 * self.hidden_size] = 1.0
 
