@@ -129,9 +129,9 @@ def test_cvar_from_the_lowest_quantile_to_the_mean_one_alpha_for_each_member() -
     measured = ops.cvar(quantiles, alpha)
     assert measured.shape == (5, 2, 3)
     torch.testing.assert_close(measured[:2], quantiles[:2].min(-1).values)
-    torch.testing.assert_close(measured[2:4], ops.mean(quantiles[2:4]))
+    torch.testing.assert_close(measured[2:4], ops.expected_value(quantiles[2:4]))
     torch.testing.assert_close(measured[4:], ops.cvar(quantiles[4:], alpha[4:]))
 
 
 def test_mean() -> None:
-    assert ops.mean(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [3.0]
+    assert ops.expected_value(torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [3.0]

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hardy.envs import BatchedEnv, EnvStep
+from hardy.ops.quantiles import expected_value
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators, kept, reset_to, training_state
 
@@ -122,7 +123,7 @@ def collect(
         outcomes.append(step)
         if step.final_obs is not None and step.truncated.any():
             final_obs = normalize(policy.flatten(step.final_obs, members))
-            final_value[:, t] = policy.step(final_obs, recurrent, torch.zeros_like(state.is_first))[1].mean(-1)
+            final_value[:, t] = expected_value(policy.step(final_obs, recurrent, torch.zeros_like(state.is_first))[1])
         state.obs.copy_(policy.flatten(step.obs, members))
         state.is_first.copy_(torch.from_numpy(step.is_first).view(members, envs))
         _count_episodes(state, step)
@@ -134,8 +135,8 @@ def collect(
         torch.from_numpy(np.stack([getattr(step, name) for step in outcomes])).view(steps, members, envs).transpose(0, 1)
         for name in ("reward", "terminated", "truncated", "valid")
     )
-    value = quantile_block.mean(-1)
-    last_value = policy.step(normalize(state.obs), state.recurrent, state.is_first)[1].mean(-1)
+    value = expected_value(quantile_block)
+    last_value = expected_value(policy.step(normalize(state.obs), state.recurrent, state.is_first)[1])
     following = torch.cat([value[:, 1:], last_value.unsqueeze(1)], dim=1)
     truncated = truncated.to(policy.device)
     return Rollout(

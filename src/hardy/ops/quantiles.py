@@ -63,7 +63,7 @@ def _scaled_huber(error: Tensor, kappa: float | Tensor) -> Tensor:
     return torch.where(positive, inside * (size - 0.5 * inside) / torch.where(positive, width, 1.0), size)
 
 
-def mean(quantiles: Float[Tensor, "P *batch Q"]) -> Float[Tensor, "P *batch"]:
+def expected_value(quantiles: Float[Tensor, "P *batch Q"]) -> Float[Tensor, "P *batch"]:
     """Mean of the distribution, in the units of the quantiles."""
     return quantiles.mean(-1)
 
