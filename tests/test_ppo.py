@@ -9,6 +9,7 @@ import torch
 from small_runs import assert_same, member, shake_, snapshot, tiny, trainer
 
 import hardy.ppo as ppo
+from hardy.config import ConfigError
 from hardy.population import leaves
 from hardy.ppo import PPOSettings, make_batch, scheduled
 
@@ -214,7 +215,7 @@ def spoil_weights(run, p):
 @pytest.mark.parametrize("spoil", [spoil_reward, spoil_weights])
 @pytest.mark.parametrize("estimator", ["ema", "microbatch"])
 def test_nan_in_one_member_leaves_the_others_bit_identical_and_is_counted(spoil, estimator):
-    settings = tiny(vgs={"estimator": estimator}, optimizer={"sigma": 0.1})
+    settings = tiny(env={"num_envs": 8}, vgs={"estimator": estimator}, optimizer={"sigma": 0.1})
     clean, hurt = trainer(settings, [1, 2, 3]), trainer(settings, [1, 2, 3])
     spoil(hurt, 1)
     for _ in range(2):
@@ -232,7 +233,7 @@ def test_nan_in_one_member_leaves_the_others_bit_identical_and_is_counted(spoil,
 @pytest.mark.parametrize("estimator", ["ema", "microbatch"])
 def test_a_rollout_with_a_nan_reward_is_skipped_and_the_next_one_trains(estimator):
     """A single agent: its weights stay as they were, and nothing of the NaN is left behind."""
-    run = trainer(tiny(vgs={"estimator": estimator}), [1])
+    run = trainer(tiny(env={"num_envs": 8}, vgs={"estimator": estimator}), [1])
     before = {name: value.clone() for name, value in run.state.parameters.items()}
     step = run.env.step
     spoil_reward(run, 0)
@@ -251,7 +252,10 @@ def test_a_rollout_with_a_nan_reward_is_skipped_and_the_next_one_trains(estimato
 
 def test_a_skipped_or_stopped_update_leaves_no_microbatch_behind(monkeypatch):
     """Its recorded contributions do not count towards the next update's variance."""
-    run = trainer(tiny(vgs={"estimator": "microbatch"}, ppo={"target_kl": 1e-12, "n_epochs": 1}, optimizer={"lr": 0.1}), [1])
+    settings = tiny(
+        env={"num_envs": 8}, vgs={"estimator": "microbatch"}, ppo={"target_kl": 1e-12, "n_epochs": 1}, optimizer={"lr": 0.1}
+    )
+    run = trainer(settings, [1])
     run.iterate(LONG)
     assert run.state.optimizer.upgd.step[0, 0] == 1  # the second minibatch exceeded the target
     assert run.state.optimizer.vgs.microbatches.tolist() == [0]
@@ -271,3 +275,9 @@ def test_metrics_are_means_over_the_minibatches_that_a_member_trained_on(monkeyp
               "upgd/noise_to_signal", "upgd/utility_max", "plasticity/dormant_fraction"}  # fmt: skip
     assert wanted <= metrics.keys()
     assert all(metrics[name].shape == (2,) for name in wanted)
+
+
+def test_unequal_microbatches_are_refused():
+    """Parts of unequal size differ even where the gradient has no noise."""
+    with pytest.raises(ConfigError, match=r"env.num_envs = 5 must be a multiple of .* = 4"):
+        tiny(env={"num_envs": 5}, vgs={"estimator": "microbatch"})
