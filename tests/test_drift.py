@@ -84,13 +84,10 @@ def test_value_depends_on_seed_and_steps_alone(seed: int, steps: int, over: int,
 
 def test_start_and_number_of_changes() -> None:
     drift = physics(every=10, start=25, changes=2)
-    counts = [drift.changes_so_far(step) for step in (0, 24, 25, 34, 35, 44, 45, 1000)]
-    assert counts == [0, 0, 1, 1, 2, 2, 2, 2]
-    assert [drift.last_change_step(total) for total in (25, 26, 35, 36, 1000)] == [None, 25, 25, 35, 35]
-    assert physics(every=10).changes_so_far(100) == 10
-    assert physics(every=10).last_change_step(100) == 90, "a change at the very end of a run has no step to act on"
-    assert physics(every=10).last_change_step(10) is None
-    assert physics(every=10, start=0).changes_so_far(0) == 1
+    counts, _ = drift.progress(np.array([0, 24, 25, 34, 35, 44, 45, 1000]))
+    assert counts.tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert physics(every=10).progress(np.array([100]))[0].tolist() == [10]
+    assert physics(every=10, start=0).progress(np.array([0]))[0].tolist() == [1]
     env = build(drift, [0], drift_step=1000)
     assert env.changes.tolist() == [2]
     np.testing.assert_array_equal(values(env), values(build(drift, [0], drift_step=35)))

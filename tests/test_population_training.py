@@ -240,7 +240,7 @@ def test_where_environments_cannot_be_saved_new_episodes_begin(tmp_path):
 def test_a_checkpoint_of_other_members_environments_shapes_or_kind_is_refused(tmp_path):
     run = trainer(tiny(), [1, 2])
     run.save(tmp_path / "two.safetensors", {})
-    with pytest.raises(CheckpointError, match="holds 2 members, the run has 3"):
+    with pytest.raises(CheckpointError, match=r"holds the seeds \[.*\], the run has \["):
         trainer(tiny(), [1, 2, 3]).restore(tmp_path / "two.safetensors")
     with pytest.raises(CheckpointError, match=r"memory|recurrent"):
         trainer(tiny(policy={"memory_size": 6}), [1, 2]).restore(tmp_path / "two.safetensors")
@@ -329,3 +329,9 @@ def test_streams_of_a_member_are_independent():
         assert not torch.equal(one[0], one[1])
         for other in states[i + 1 :]:
             assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("memory", "torch_threads"), [("lstm", 1), ("none", 2)])
+def test_threads_are_used_with_and_without_a_memory(memory, torch_threads):
+    trainer(tiny(threads=2, policy={"memory": memory}), [1])
+    assert torch.get_num_threads() == torch_threads

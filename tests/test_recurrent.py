@@ -207,3 +207,10 @@ def test_workers_and_caller_run_pytorch_on_one_thread():
 def test_threads_below_one_are_refused():
     with pytest.raises(ValueError, match="threads = 0"):
         set_threads(0)
+
+
+@pytest.mark.parametrize(("recurrent", "torch_threads"), [(True, 1), (False, 3)])
+def test_threads_go_to_the_recurrence_or_without_one_to_torch(recurrent, torch_threads):
+    set_threads(3, recurrent=recurrent)
+    assert pool().threads == 3
+    assert torch.get_num_threads() == torch_threads

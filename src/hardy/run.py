@@ -144,8 +144,9 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: say(f"skipped {error}"))
     trainer = make_trainer(settings)
     document = trainer.restore(path)
+    old = tunables(before)
     for name, value in tunables(settings).items():
-        if value != tunables(before).get(name):  # else the checkpoint's, which may have been tuned since
+        if value != old.get(name):  # else the checkpoint's, which may have been tuned since
             trainer.state.hyper[name].fill_(value)
     if trainer.timesteps >= settings.total_timesteps and _is_finished(folder, trainer.timesteps):
         raise ConfigError(

@@ -143,7 +143,7 @@ class Trainer:
         self.settings = settings
         self.seeds = [settings.seed] if seeds is None else _checked_seeds(seeds)
         self.iteration = 0
-        set_threads(settings.threads or available_cores())
+        set_threads(settings.threads or available_cores(), recurrent=settings.policy.memory != "none")
         members = len(self.seeds)
         self.env = make(settings.env, self.seeds, settings.env.num_envs) if env is None else env
         self.policy = ActorCritic(
@@ -307,8 +307,6 @@ class Trainer:
         tensors, document = load_tensors(path)
         if document.get("kind") != "checkpoint":
             raise CheckpointError(f"{path}: a {document.get('kind')} file cannot be continued; allowed is a checkpoint")
-        if len(document["seeds"]) != len(self.seeds):
-            raise CheckpointError(f"{path}: holds {len(document['seeds'])} members, the run has {len(self.seeds)}")
         if document["seeds"] != self.seeds:
             raise CheckpointError(f"{path}: holds the seeds {document['seeds']}, the run has {self.seeds}")
         arrays = {name: tensors.pop(name).numpy() for name in list(tensors) if name.startswith(ENVIRONMENT)}

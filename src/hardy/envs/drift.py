@@ -61,15 +61,6 @@ class DriftSettings(Settings):
         """Step at which the first change begins."""
         return self.every if self.start is None else self.start
 
-    def changes_so_far(self, step: int) -> int:
-        """Number of changes that have begun when a member has taken ``step`` steps."""
-        return int(self.progress(np.array([step]))[0][0])
-
-    def last_change_step(self, total_steps: int) -> int | None:
-        """Step at which the last change of a run of ``total_steps`` begins; ``None`` if there is none before its end."""
-        count = self.changes_so_far(max(total_steps - 1, 0))
-        return self.first_step + (count - 1) * self.every if count else None
-
     def progress(self, steps: Int[np.ndarray, "P"]) -> tuple[Int64[np.ndarray, "P"], Float64[np.ndarray, "P"]]:
         """Index of the current change (0 before the first) and the fraction of it that is done, in [0, 1]."""
         since_first = steps - self.first_step

@@ -42,10 +42,11 @@ class WorkerPool:
 _pool = WorkerPool(1)
 
 
-def set_threads(threads: int) -> None:
-    """Use ``threads`` threads for the recurrent kernels from now on, and one for each of PyTorch's own operations.
+def set_threads(threads: int, *, recurrent: bool = True) -> None:
+    """Use ``threads`` threads from now on: for the recurrent kernels, or without a memory for PyTorch's own operations.
 
-    Those are small, and PyTorch's idle threads would spin on the very cores that the recurrent kernels need.
+    Not for both: beside a recurrence those operations are small, and PyTorch's idle threads would spin on the very cores that
+    the recurrent kernels need.
 
     Raises:
         ValueError: ``threads`` is below 1.
@@ -53,7 +54,7 @@ def set_threads(threads: int) -> None:
     global _pool
     if threads < 1:
         raise ValueError(f"threads = {threads}: must be at least 1")
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if recurrent else threads)
     if threads != _pool.threads:
         _pool = WorkerPool(threads)
 
