@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hardy.pbt import Gain, HyperparameterSpace, PBTRules, draw_initial, explore
+from hardy.pbt.settings import NEAREST_TO_ONE
 from hardy.population import stream_seed
 
 NAN, INF = math.nan, math.inf
@@ -227,7 +228,7 @@ numbers = st.one_of(st.floats(allow_nan=True, allow_infinity=True), st.floats(-2
 @st.composite
 def spaces(draw: st.DrawFn) -> HyperparameterSpace:
     kind = draw(st.sampled_from(["linear", "log", "log_one_minus"]))
-    ends = {"linear": st.floats(-1e3, 1e3), "log": st.floats(1e-12, 1e3), "log_one_minus": st.floats(-5, 1 - 2**-53)}[kind]
+    ends = {"linear": st.floats(-1e3, 1e3), "log": st.floats(1e-12, 1e3), "log_one_minus": st.floats(-5, NEAREST_TO_ONE)}[kind]
     low, high = sorted((draw(ends), draw(ends)))
     if low == high:
         high = math.nextafter(high, INF) if kind != "log_one_minus" else high
@@ -254,7 +255,7 @@ def test_results_lie_inside_the_bounds_whatever_was_copied(
 
 
 def test_a_discount_never_reaches_one_however_often_it_steps_up() -> None:
-    space = HyperparameterSpace(low=0.5, high=1 - 2**-53, space="log_one_minus", factor=10.0)
+    space = HyperparameterSpace(low=0.5, high=NEAREST_TO_ONE, space="log_one_minus", factor=10.0)
     rules, values = rules_of(spaces={"gamma": space}), {"gamma": np.full(20, 0.9)}
     highest = 0.0
     for round in range(1, 100):

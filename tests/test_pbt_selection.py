@@ -24,7 +24,7 @@ def scores_of(mean: list[float], error: float | list[float] = 0.0, episodes: int
 
 
 def rules_of(**kwargs: Any) -> PBTRules:
-    return PBTRules(**kwargs)
+    return PBTRules(**{"min_gap": 1.0, **kwargs})
 
 
 def sources(scores: Scores, rules: PBTRules, seed: int = 0, round: int = 1, **kwargs: Any) -> list[int]:
