@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -14,14 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import snapshot, tiny
-from test_run import assert_same_results, interrupt_after, make_settings, resume, rows, summary, train
+from small_runs import Recorder, snapshot, tiny
+from test_run import LINES, assert_same_results, interrupt_after, make_settings, resume, rows, summary, train
 
 from hardy import ConfigError, DistributionalPPO, run
-from hardy.checkpoint import CheckpointError, load_tensors
+from hardy import evolution as evolution_module
+from hardy.checkpoint import CheckpointError, load_tensors, save_tensors
 from hardy.config import load_settings, settings_from_dict
+from hardy.envs import EnvStep
 from hardy.evolution import Evolution, PopulationLostError
 from hardy.lineage import MemberRecord, ancestry, best_member, read_population, schedule
+from hardy.pbt import Scores, Selection, explore, select
 from hardy.settings import RunSettings
 from hardy.trainer import Trainer
 
@@ -231,7 +235,7 @@ def test_a_longer_run_goes_on_after_the_final_scores(finished: Path, tmp_path: P
         ("population.size=4", r"population.size = 4: .* began with 3 members, which cannot change any more"),
         ("pbt.hyperparams={optimizer.lr: {low: 0.001, high: 0.1}}", r"pbt.hyperparams: .* began with optimizer.lr, ppo.gamma"),
         ("seed=1", r"seed = 1: .* began with seed 0"),
-        ("optimizer.lr=0.002", r"optimizer.lr = 0.002: the population tunes it; allowed is a new range in pbt.hyperparams"),
+        ("optimizer.lr=0.002", r"optimizer.lr = 0.002: the population tunes it, so it cannot be given"),
     ],
 )
 def test_what_a_population_is_cannot_change(finished: Path, override: str, message: str) -> None:
@@ -379,3 +383,205 @@ def test_the_seeds_of_members_are_those_of_single_runs_and_their_world_is_one() 
     settings = tiny(seed=5, population={"size": 3})
     assert settings.member_seeds == [5, 6, 7] and settings.drift_seeds == [5, 5, 5]
     assert Trainer(settings).seeds == [5, 6, 7]
+
+
+# ------------------------------------------------------------------------------------------------------------------ wiring
+
+
+class Watched:
+    """A population of four whose scores are given, with a record of what is asked of the parts."""
+
+    EXCHANGES = np.array([[[1.0, 3.0], [5.0, 5.0], [9.0, 11.0], [2.0, 2.0]], [[4.0, 4.0], [8.0, 8.0], [6.0, 8.0], [9.0, 9.0]]])
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **pbt: Any) -> None:
+        self.trainer = small(size=4, episodes=2, truncation=0.25, **pbt)
+        self.evolution = Evolution(self.trainer)
+        self.evolution.start()
+        self.seeds: list[int] = []
+        self.selected: list[dict[str, Any]] = []
+        self.explored: list[dict[str, Any]] = []
+        returns = iter(self.EXCHANGES)
+
+        def evaluate(episodes: int, *, deterministic: bool, seed: int, stop: Any) -> Any:
+            assert episodes == 2
+            self.seeds.append(seed)
+            return next(returns)
+
+        def selecting(scores: Scores, rules: Any, **given: Any) -> Selection:
+            self.selected.append({"scores": scores, **given})
+            return select(scores, rules, **given)
+
+        def exploring(values: Any, replaced: Any, rules: Any, **given: Any) -> Any:
+            self.explored.append({"replaced": replaced.copy(), **given, "history": list(given["history"])})
+            return explore(values, replaced, rules, **given)
+
+        monkeypatch.setattr(self.trainer, "evaluate", evaluate)
+        monkeypatch.setattr(evolution_module, "select", selecting)
+        monkeypatch.setattr(evolution_module, "explore", exploring)
+
+    def exchange(self) -> list[MemberRecord]:
+        self.evolution.watch(self.trainer.iterate(10_000))
+        return self.evolution.exchange()
+
+
+def test_an_exchange_asks_each_part_with_the_scores_the_round_and_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    first, second = watched.exchange(), watched.exchange()
+    # Mean and standard error of two episodes, by hand: deviation with n − 1, over √2.
+    assert [record.score for record in first] == [2, 5, 10, 2]
+    assert [record.standard_error for record in first] == pytest.approx([1, 0, 1, 0])
+    scores = watched.selected[0]["scores"]
+    assert scores.mean.tolist() == [2, 5, 10, 2] and scores.episodes == 2
+    assert scores.standard_error.tolist() == pytest.approx([1, 0, 1, 0])
+    assert len(set(watched.seeds)) == 2  # other episodes at every exchange
+    for calls in (watched.selected, watched.explored):
+        assert [(call["seed"], call["round"]) for call in calls] == [(0, 1), (0, 2)]
+    (replaced,) = [record.member for record in first if record.parent != record.member]
+    assert first[replaced].parent == 2 and replaced in (0, 3)
+    # Gains count from the score of the weights that a member went on with: of the copy, from its parent's.
+    begun = [10.0 if member == replaced else score for member, score in enumerate([2.0, 5.0, 10.0, 2.0])]
+    history = {gain.member: gain for gain in watched.explored[1]["history"]}
+    assert not watched.explored[0]["history"]
+    for member, (score, start) in enumerate(zip([4.0, 8.0, 7.0, 9.0], begun, strict=True)):
+        assert history[member].gain == score - start and history[member].round == 2
+        assert history[member].hyperparams == second[member].before
+    assert watched.explored[0]["replaced"].tolist() == [member == replaced for member in range(4)]
+    assert watched.evolution.best_member == 3
+
+
+def test_a_migrant_keeps_its_hyperparameters_and_does_not_explore(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    moved = Selection(np.array([2, 1, 2, 2]), np.array([True, False, False, False]))
+    monkeypatch.setattr(evolution_module, "select", lambda scores, rules, **given: moved)
+    records = watched.exchange()
+    assert [record.event for record in records] == ["migrated", "kept", "kept", "exploited"]
+    assert records[0].after == records[0].before and records[3].after != records[2].before
+    assert watched.explored[0]["replaced"].tolist() == [False, False, False, True]
+    weight = watched.trainer.state.parameters["actor.output.weight"]
+    assert torch.equal(weight[0], weight[2]) and torch.equal(weight[3], weight[2])
+
+
+def test_returns_that_are_not_finite_count_as_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watched, "EXCHANGES", np.array([[[1.0, 3.0], [math.inf, 5.0], [9.0, 11.0], [2.0, math.nan]]]))
+    records = Watched(monkeypatch).exchange()
+    assert [record.event for record in records] == ["kept", "healed", "kept", "healed"]
+    assert {records[1].parent, records[3].parent} == {2}
+
+
+class NoReward(Recorder):
+    """Rewards of the second of three members that are not numbers, for ever; rows can begin anew."""
+
+    resets_rows = True
+
+    def step(self, actions: np.ndarray) -> EnvStep:
+        step = self.env.step(actions)
+        return dataclasses.replace(step, reward=np.where(np.arange(12) // 4 == 1, np.float32(np.nan), step.reward))
+
+    def reset_rows(self, rows: np.ndarray) -> np.ndarray:
+        self.begun = rows.copy()
+        return self.env.reset_rows(rows)
+
+
+def test_a_member_that_cannot_learn_is_healed_and_its_episodes_begin_anew() -> None:
+    trainer = small(min_gap=1e9)
+    trainer.env = env = NoReward(trainer.env)
+    evolution = Evolution(trainer)
+    evolution.start()
+    records = advance(trainer, evolution, 2)
+    assert [record.event for record in records] == ["kept", "healed", "kept"]
+    assert env.begun.tolist() == [row // 4 == 1 for row in range(12)]
+
+
+# ------------------------------------------------------------------------------------------------ what a user may break
+
+
+def test_a_population_that_is_lost_after_its_last_exchange_is_not_called_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "sound", lambda self: np.zeros(3, dtype=bool))
+    with pytest.raises(PopulationLostError, match="after 96 steps no member"):
+        train(make_population(tmp_path, iterations=3, interval=10_000))
+    assert summary(tmp_path / "job-seed0")["status"] == "failed"
+
+
+def test_an_interrupted_population_is_evaluated_as_its_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The history may be ahead of the newest checkpoint: whoever was best later need not have been best then."""
+    folder = train(make_population(tmp_path)).folder
+    step = 128
+    for path in (folder / "checkpoints").iterdir():
+        path.unlink()
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, step // ITERATION)
+        stopped = train(make_population(tmp_path / "stopped")).folder
+    shutil.copy(folder / "population.csv", stopped / "population.csv")
+    asked: list[int] = []
+    best = run.best_member
+
+    def noting(records: Any) -> int:
+        asked.append(max(record.step for record in records))
+        return best(records)
+
+    monkeypatch.setattr(run, "best_member", noting)
+    run.evaluate(stopped, 3, None)
+    assert asked == [step]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "history of the population cannot be read"),
+        (lambda path: path.write_text("exchange,step\n"), "does not begin with the start of the run"),
+        (lambda path: path.write_bytes(path.read_bytes()[:300] + b"\xff\n"), "population.csv: is damaged"),
+    ],
+    ids=["missing", "empty", "garbled"],
+)
+def test_a_damaged_history_is_named(finished: Path, tmp_path: Path, damage: Any, message: str) -> None:
+    folder = tmp_path / "job-seed0"
+    shutil.copytree(finished, folder)
+    damage(folder / "population.csv")
+    with pytest.raises(CheckpointError, match=message):
+        run.evaluate(folder, 3, None)
+
+
+def test_without_its_beginning_a_history_gives_no_schedule(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "job-seed0"
+    shutil.copytree(finished, folder)
+    (folder / "population.csv").unlink()
+    assert resume(folder, f"total_timesteps={12 * ITERATION}").status == "finished"
+    assert not (folder / "schedule.yaml").exists()
+    assert any("no schedule.yaml" in line for line in LINES)
+
+
+def test_files_that_cannot_be_continued_are_named(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "job-seed0"
+    shutil.copytree(finished, folder)
+    (folder / "metrics.csv").write_text("time/total_timesteps\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.csv: was written by a population of 1, not 3"):
+        resume(folder, f"total_timesteps={12 * ITERATION}")
+    (path,) = [path for path in (folder / "checkpoints").iterdir() if path.name == "step_000000288.safetensors"]
+    tensors, document = load_tensors(path)
+    save_tensors(path, tensors, {name: value for name, value in document.items() if name != "evolution"})
+    with pytest.raises(CheckpointError, match="a Hardy that did not train populations"):
+        resume(folder, f"total_timesteps={12 * ITERATION}")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"population": {"size": 2}, "pbt": {"frequencies": [1, 2, 3]}},
+            r"at most population.size = 2 of them",
+        ),
+        ({**over("vgs.alpha", 0.01, 1), "vgs": {"enabled": False}}, "vgs.alpha has no effect with vgs.enabled = false"),
+        ({**over("optimizer.beta1", 0.5, 0.9), "optimizer": {"name": "UPGD"}}, "no effect with optimizer.name = 'UPGD'"),
+        (over("optimizer.lr", 1e-60, 1e-50), "a float32, as which values are kept, has no such range"),
+        (over("optimizer.lr", 1e39, 1e45), "a float32, as which values are kept, has no such range"),
+        (
+            {"schedule": [{"step": 9, "values": {"ppo.gamma": 0.9}}] * 2},
+            "schedule: the steps are .*: they must increase",
+        ),
+    ],
+)
+def test_what_could_not_work_is_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(**section)
