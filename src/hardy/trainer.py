@@ -20,9 +20,9 @@ from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, resto
 from hardy.config import Settings, tunables
 from hardy.envs import BatchedEnv, Drift, EnvSettings, make
 from hardy.nn.normalizer import NormalizerSettings, ReturnNormalizer, RunningMoments
-from hardy.nn.parallel import available_cores, set_threads
 from hardy.ops.plasticity import dormant_fraction, effective_rank
 from hardy.optim import OptimizerSettings, OptimizerState, PopulationOptimizer, VGSSettings
+from hardy.parallel import available_cores, set_threads
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings, describe_space
 from hardy.population import MemberGenerators, copied, expand, kept, member_norm, nested, stream_seed, training_state
 from hardy.ppo import PPO, PPOSettings, scheduled
