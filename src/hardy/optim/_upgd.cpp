@@ -3,8 +3,8 @@
 //   1. norm of the gradient and VGS's mean: before the clip and the factor, which need the sums over all tensors
 //      (left out where there is neither);
 //   2. utilities and moments: before the gate, which needs the largest utility of all tensors;
-//   3. norms of update and gate: before the noise, which is in proportion to them (left out where there is none);
-//   4. gate, noise and descent, tensor by tensor behind 3, so that most of what 3 has read is still in a cache.
+//   3. gate, descent and noise; noise in proportion to the norm of the update is kept, for want of that norm, and added by
+//   4. tensor by tensor behind 3, while most of what 3 has written is still in a cache.
 // Sums are taken block by block and added up in the blocks' order, so that results do not depend on the number of threads.
 //
 // Plain C interface, no Python or PyTorch headers. Called by hardy/optim/compiled.py, whose `Problem` mirrors the one here.
@@ -71,7 +71,8 @@ struct Block {
     int64_t begin, count;
     const float* gradient;
     float *weight, *utility, *first, *second, *mean;
-    const float* scale;  // local gating: 1 / norm of the row, weight by weight
+    const float* scale;  // local gating: the row's scale, weight by weight
+    float* noise;        // where noise is kept until its amount is known, or null
 };
 
 // Of one member's tensor.
@@ -88,14 +89,11 @@ struct Sums {
 
 using Pass = void (*)(const Block&, const Numbers&, Sums&);
 
-struct Passes {
-    Pass norms, descend;
-};
-
 struct Kernel {
     double (*squares)(const float*, int64_t);
     Pass measure, advance, advance_adam;
-    Passes (*passes)(bool adam, Gating gating, bool noise);
+    Pass (*descend_for)(bool adam, Gating gating, bool noise);
+    Pass shake;
 };
 
 constexpr int64_t BLOCK = 4096;
@@ -200,6 +198,7 @@ struct Plan {
         for (int64_t k = 0; k < p.tensors; ++k) {
             first.push_back(static_cast<int64_t>(tensor.size()));
             for (int64_t begin = 0; begin < p.sizes[k]; begin += BLOCK) tensor.push_back(k);
+            largest = std::max(largest, static_cast<int64_t>(tensor.size()) - first.back());
             first_row.push_back(rows);
             if (gating(p, k) == Gating::local) rows += p.sizes[k] / p.row_lengths[k];
         }
@@ -212,14 +211,16 @@ struct Plan {
     std::vector<int64_t> tensor;     // of each block
     std::vector<int64_t> first_row;  // of each locally gated tensor
     int64_t rows = 0;
+    int64_t largest = 0;  // blocks of the largest tensor
 };
 
 // Everything one member's step needs to remember; its memory is used again for the next member.
 class Member {
   public:
-    Member(const Problem& problem, const Plan& plan, const Kernel& kernel)
-        : p_(problem), plan_(plan), kernel_(kernel), sums_(plan.tensor.size()), total_(static_cast<size_t>(problem.tensors)),
-          numbers_(total_.size()), coefficient_(total_.size()), update_norm_(total_.size()), correction_(total_.size()),
+    // `memory` has room for the largest tensor, or where several threads share a member for all of them.
+    Member(const Problem& problem, const Plan& plan, const Kernel& kernel, float* memory)
+        : p_(problem), plan_(plan), kernel_(kernel), memory_(memory), sums_(plan.tensor.size()), total_(static_cast<size_t>(problem.tensors)),
+          numbers_(total_.size()), coefficient_(total_.size()), noise_coefficient_(total_.size()), correction_(total_.size()),
           rows_(static_cast<size_t>(plan.rows)), totals_(static_cast<size_t>(2 * problem.scopes)),
           most_steps_(static_cast<size_t>(problem.scopes)) {}
 
@@ -267,6 +268,8 @@ class Member {
 
     bool noisy(int64_t k) const { return p_.noise[k] >= 0 && number(SIGMA, k) > 0; }
 
+    bool proportional(int64_t k) const { return noisy(k) && p_.adaptive_noise[k] != 0; }
+
     template <class Body>
     void each_block(int64_t begin, int64_t end, const Team& team, int64_t rank, Body body) {
         for (int64_t b = begin + rank; b < end; b += team.size) {
@@ -275,7 +278,7 @@ class Member {
             const auto of = [&](float* const* tensors) { return tensors == nullptr ? nullptr : tensors[k] + at; };
             const Block block{
                 from, std::min(BLOCK, p_.sizes[k] - from), of(p_.gradient), of(p_.weight), of(p_.utility),
-                of(p_.first), of(p_.second), of(p_.mean), nullptr};
+                of(p_.first), of(p_.second), of(p_.mean), nullptr, nullptr};
             body(block, k, numbers_[static_cast<size_t>(k)], sums_[static_cast<size_t>(b)]);
         }
     }
@@ -423,6 +426,7 @@ class Member {
         if (p_.estimator != 0) coefficient *= by_scope[2 * p_.scope[p_.column[k]]];
         coefficient_[at] = coefficient;
         n.amount = static_cast<float>(-number(LR, k) * coefficient);
+        if (!proportional(k)) set_noise(k);
     }
 
     // Norms of the utilities' rows, inverted, where gating is local.
@@ -441,26 +445,28 @@ class Member {
 
     void finish(int64_t begin, int64_t end, Team& team, int64_t rank) {
         const int64_t from = plan_.first[static_cast<size_t>(begin)], to = plan_.first[static_cast<size_t>(end)];
-        bool proportional = false;
-        for (int64_t k = begin; k < end; ++k) proportional |= noisy(k) && p_.adaptive_noise[k] != 0;
-        if (proportional) {
-            each_block(from, to, team, rank, [&](const Block& block, int64_t k, const Numbers& numbers, Sums& sums) {
-                if (noisy(k) && p_.adaptive_noise[k] != 0) pass(block, k, numbers, sums, &Passes::norms);
-            });
-            team.wait();
-            if (rank == 0) add_up(begin, end);
-        }
-        if (rank == 0)
-            for (int64_t k = begin; k < end; ++k) set_noise(k);
-        team.wait();
+        // Of each tensor the memory holds whole blocks, from the first of `begin` on.
+        const auto kept = [&](Block block, int64_t k) {
+            const int64_t before = (plan_.first[static_cast<size_t>(k)] - from) * BLOCK + block.begin;
+            block.noise = proportional(k) ? memory_ + before : nullptr;
+            return block;
+        };
         each_block(from, to, team, rank, [&](const Block& block, int64_t k, const Numbers& numbers, Sums& sums) {
-            pass(block, k, numbers, sums, &Passes::descend);
+            descend(kept(block, k), k, numbers, sums);
         });
         team.wait();
-        if (rank == 0) add_up(begin, end);
+        if (rank == 0) {
+            add_up(begin, end);
+            for (int64_t k = begin; k < end; ++k) set_noise(k);
+        }
+        team.wait();
+        each_block(from, to, team, rank, [&](const Block& block, int64_t k, const Numbers& numbers, Sums& sums) {
+            if (proportional(k)) kernel_.shake(kept(block, k), numbers, sums);
+        });
+        team.wait();
     }
 
-    void pass(Block block, int64_t k, const Numbers& numbers, Sums& sums, Pass Passes::*which) {
+    void descend(Block block, int64_t k, const Numbers& numbers, Sums& sums) {
         const Gating gating = Plan::gating(p_, k);
         float scale[BLOCK];
         if (gating == Gating::local) {
@@ -476,7 +482,7 @@ class Member {
             }
             block.scale = scale;
         }
-        (kernel_.passes(p_.adam != 0, gating, noisy(k)).*which)(block, numbers, sums);
+        kernel_.descend_for(p_.adam != 0, gating, noisy(k))(block, numbers, sums);
     }
 
     // The noise's standard deviation in units of the update before the learning rate.
@@ -484,22 +490,22 @@ class Member {
         const auto at = static_cast<size_t>(k);
         if (!noisy(k)) return 0;
         const bool gated = Plan::gating(p_, k) != Gating::none;
-        if (!p_.adaptive_noise[k]) return number(SIGMA, k) * (gated ? number(STEP_FACTOR, k) : 1.0);
+        if (!proportional(k)) return number(SIGMA, k) * (gated ? number(STEP_FACTOR, k) : 1.0);
         const double gate = gated ? total_[at].gate : static_cast<double>(p_.sizes[k]);
         return number(SIGMA, k) * std::sqrt(total_[at].direction) * std::abs(coefficient_[at]) / std::sqrt(gate);
     }
 
     void set_noise(int64_t k) {
         const auto at = static_cast<size_t>(k);
-        update_norm_[at] = noise_coefficient(k);
-        numbers_[at].noise_amount = static_cast<float>(-number(LR, k) * update_norm_[at]);
+        noise_coefficient_[at] = noise_coefficient(k);
+        numbers_[at].noise_amount = static_cast<float>(-number(LR, k) * noise_coefficient_[at]);
     }
 
     void end() {
         double noise = 0, update = 0;
         for (int64_t k = 0; k < p_.tensors; ++k) {
             const auto at = static_cast<size_t>(k);
-            noise += total_[at].noise * update_norm_[at] * update_norm_[at];
+            noise += total_[at].noise * noise_coefficient_[at] * noise_coefficient_[at];
             update += total_[at].direction * coefficient_[at] * coefficient_[at];
         }
         p_.metrics[member_ * (3 + 2 * p_.scopes) + 2] = noise > 0 ? std::sqrt(noise / update) : 0.0;
@@ -508,11 +514,12 @@ class Member {
     const Problem& p_;
     const Plan& plan_;
     const Kernel& kernel_;
+    float* const memory_;
     int64_t member_ = 0;
     std::vector<Sums> sums_;   // by block
     std::vector<Sums> total_;  // by tensor
     std::vector<Numbers> numbers_;
-    std::vector<double> coefficient_, update_norm_, correction_;
+    std::vector<double> coefficient_, noise_coefficient_, correction_;
     std::vector<float> rows_;
     std::vector<double> totals_;
     std::vector<int64_t> most_steps_;
@@ -527,8 +534,12 @@ void run(const Problem& problem) {
     const auto count = static_cast<int64_t>(members.size());
     // A member for each thread where there are enough of them, else all threads for one member after the other.
     const bool apart = count >= problem.threads;
+    const int64_t workers = apart ? problem.threads : 1;
+    const int64_t share = (apart || problem.threads == 1 ? plan.largest : plan.first.back()) * BLOCK;
+    static thread_local std::vector<float> memory;  // kept: fresh memory is slow
+    if (memory.size() < static_cast<size_t>(workers * share)) memory.resize(static_cast<size_t>(workers * share));
     std::vector<Member> workspaces;
-    for (int64_t t = 0; t < (apart ? problem.threads : 1); ++t) workspaces.emplace_back(problem, plan, kernel);
+    for (int64_t t = 0; t < workers; ++t) workspaces.emplace_back(problem, plan, kernel, memory.data() + t * share);
     std::vector<std::thread> others;
     others.reserve(static_cast<size_t>(problem.threads));
     std::atomic<int64_t> next{0}, ready{0};

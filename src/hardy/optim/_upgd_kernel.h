@@ -151,7 +151,9 @@ double squares(const float* row, int64_t count) {
 }
 
 // The raw gradient's norm and the running mean of VGS, if there is one, with its norm.
-void measure(const Block& block, const Numbers& numbers, Sums& sums) {
+void measure(const Block& of, const Numbers& its, Sums& sums) {
+    const Block block = of;  // copies, which the stores cannot change
+    const Numbers numbers = its;
     Vector gradient_square = {}, mean_square = {};
     if (block.mean == nullptr) {
         sums.gradient = squares(block.gradient, block.count);
@@ -170,7 +172,9 @@ void measure(const Block& block, const Numbers& numbers, Sums& sums) {
 
 // Utilities, their extremes, and the moments.
 template <bool ADAM>
-void advance(const Block& block, const Numbers& numbers, Sums& sums) {
+void advance(const Block& of, const Numbers& its, Sums& sums) {
+    const Block block = of;  // copies, which the stores cannot change
+    const Numbers numbers = its;
     Vector gradient_square = {}, largest = all(-__builtin_inff()), smallest = all(__builtin_inff());
     each_vector(block.count, [&](int64_t i, auto size) {
         const Vector raw = load(block.gradient + i, size);
@@ -221,24 +225,13 @@ INLINE Update gated(const Block& block, const Numbers& numbers, int64_t i, Size 
     return {ADAM ? direction * (inverse * inverse_gate) : direction, gate};
 }
 
-// Norms of update and gate.
-template <bool ADAM, Gating GATING>
-void norms(const Block& block, const Numbers& numbers, Sums& sums) {
-    Vector direction_square = {}, gate_square = {};
-    each_vector(block.count, [&](int64_t i, auto size) {
-        const Update update = gated<ADAM, GATING>(block, numbers, i, size);
-        direction_square += update.direction * update.direction;
-        const Vector gate = cut(update.gate, size);
-        gate_square += gate * gate;
-    });
-    sums.direction = total(direction_square);
-    sums.gate = total(gate_square);
-}
-
-// Move the weights; norms of update and gated noise.
+// Move the weights; norms of update, gate and gated noise. Noise in proportion to the update is only kept: how much of it is
+// added follows from these norms.
 template <bool ADAM, Gating GATING, bool NOISE>
-void descend(const Block& block, const Numbers& numbers, Sums& sums) {
-    Vector direction_square = {}, noise_square = {};
+void descend(const Block& of, const Numbers& its, Sums& sums) {
+    const Block block = of;  // copies, which the stores cannot change
+    const Numbers numbers = its;
+    Vector direction_square = {}, gate_square = {}, noise_square = {};
     constexpr int64_t together = NOISE ? 64 : LANES;
     Vector noise[64 / LANES];
     for (int64_t begin = 0; begin < block.count; begin += together) {
@@ -250,7 +243,14 @@ void descend(const Block& block, const Numbers& numbers, Sums& sums) {
             if (NOISE) {
                 const Vector shaken = GATING == Gating::none ? cut(noise[j], size) : cut(update.gate * noise[j], size);
                 noise_square += shaken * shaken;
-                weight += shaken * numbers.noise_amount;
+                if (GATING != Gating::none) {
+                    const Vector gate = cut(update.gate, size);
+                    gate_square += gate * gate;
+                }
+                if (block.noise == nullptr)
+                    weight += shaken * numbers.noise_amount;
+                else
+                    store(block.noise + i, shaken, size);
             }
             store(block.weight + i, weight, size);
         };
@@ -268,23 +268,30 @@ void descend(const Block& block, const Numbers& numbers, Sums& sums) {
         }
     }
     sums.direction = total(direction_square);
+    sums.gate = total(gate_square);
     sums.noise = total(noise_square);
 }
 
-template <bool ADAM, Gating GATING>
-Passes passes_with(bool noise) {
-    return {norms<ADAM, GATING>, noise ? descend<ADAM, GATING, true> : descend<ADAM, GATING, false>};
+// Add the noise that was kept.
+void shake(const Block& of, const Numbers& its, Sums&) {
+    const Block block = of;
+    const float amount = its.noise_amount;
+    each_vector(block.count, [&](int64_t i, auto size) {
+        store(block.weight + i, load(block.weight + i, size) + load(block.noise + i, size) * amount, size);
+    });
 }
 
 template <bool ADAM>
-Passes passes_of(Gating gating, bool noise) {
-    if (gating == Gating::global) return passes_with<ADAM, Gating::global>(noise);
-    if (gating == Gating::local) return passes_with<ADAM, Gating::local>(noise);
-    return passes_with<ADAM, Gating::none>(noise);
+Pass descend_with(Gating gating, bool noise) {
+    if (gating == Gating::global) return noise ? descend<ADAM, Gating::global, true> : descend<ADAM, Gating::global, false>;
+    if (gating == Gating::local) return noise ? descend<ADAM, Gating::local, true> : descend<ADAM, Gating::local, false>;
+    return noise ? descend<ADAM, Gating::none, true> : descend<ADAM, Gating::none, false>;
 }
 
-Passes passes(bool adam, Gating gating, bool noise) { return adam ? passes_of<true>(gating, noise) : passes_of<false>(gating, noise); }
+Pass descend_for(bool adam, Gating gating, bool noise) {
+    return adam ? descend_with<true>(gating, noise) : descend_with<false>(gating, noise);
+}
 
-const Kernel kernel = {squares, measure, advance<false>, advance<true>, passes};
+const Kernel kernel = {squares, measure, advance<false>, advance<true>, descend_for, shake};
 
 #undef INLINE

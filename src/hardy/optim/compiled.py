@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -149,10 +151,14 @@ def update(
 
 
 def _numbers(step: Step) -> Float[Tensor, "N P #K"]:
-    width = max(matrix.shape[1] for matrix in step.hyper.values())
-    shape = (step.shape[0], width)
-    absent = {name: torch.full((1, 1), value, dtype=torch.float64) for name, value in _NUMBERS.items()}
-    return torch.stack([step.hyper.get(name, absent[name]).expand(shape) for name in _NUMBERS])
+    shape = (step.shape[0], max(matrix.shape[1] for matrix in step.hyper.values()))
+    matrices = [step.hyper.get(name, absent) for name, absent in _absent(shape).items()]
+    return torch.stack([matrix if matrix.shape == shape else matrix.expand(shape) for matrix in matrices])
+
+
+@functools.lru_cache(maxsize=8)
+def _absent(shape: tuple[int, int]) -> dict[str, Tensor]:
+    return {name: torch.full(shape, value, dtype=torch.float64) for name, value in _NUMBERS.items()}
 
 
 def _keys(step: Step, noisy: Sequence[int]) -> Int[Tensor, "P"]:
@@ -190,8 +196,9 @@ def _table(
     gradients: Sequence[Tensor],
     noisy: Sequence[int],
     measuring: Measuring | None,
-) -> Int[Tensor, "N K"]:
+) -> array[int]:
     """What the library is told tensor by tensor, one row for each field; the fields are set."""
+    members, count = step.shape
     places = {k: place for place, k in enumerate(noisy)}
     tensors = {
         "weight": step.weights,
@@ -202,18 +209,19 @@ def _table(
         "mean": [] if measuring is None else _own(step, measuring.state.mean),
     }
     rows = {
-        "sizes": [weight[0].numel() for weight in step.weights],
+        "sizes": [weight.numel() // members for weight in step.weights],
         "row_lengths": [weight.shape[-1] if weight.ndim > 1 else 1 for weight in step.weights],
-        "column": list(range(step.shape[1])) if step.columns is None else step.columns.tolist(),
+        "column": list(range(count)) if step.columns is None else step.columns.tolist(),
         "gating": [_GATINGS.index(option.gating) for option in step.options],
         "protecting": [int(option.protecting) for option in step.options],
         "adaptive_noise": [int(option.adaptive_noise) for option in step.options],
-        "noise": [places.get(k, -1) for k in range(step.shape[1])],
+        "noise": [places.get(k, -1) for k in range(count)],
         **{field: [tensor.data_ptr() for tensor in listed] for field, listed in tensors.items() if listed},
     }
-    table = torch.tensor(list(rows.values()), dtype=torch.int64)
+    table = array("q", itertools.chain.from_iterable(rows.values()))
+    address, _ = table.buffer_info()
     for place, field in enumerate(rows):
-        setattr(problem, field, table[place].data_ptr())
+        setattr(problem, field, address + place * count * table.itemsize)
     return table
 
 

@@ -235,6 +235,6 @@ def record_factors(step: Step, scopes: Sequence[str], factor: Float[Tensor, "P S
     """Enter the factor and the NSR of each scope, and their means, among the step's metrics."""
     step.metrics["vgs/scaling_factor"] = factor.mean(1)
     step.metrics["vgs/normalized_variance"] = ratio.mean(1)
-    for s, name in enumerate(scopes):
-        step.metrics[f"vgs/scaling_factor/{name}"] = factor[:, s]
-        step.metrics[f"vgs/normalized_variance/{name}"] = ratio[:, s]
+    for name, of_scope, ratio_of_scope in zip(scopes, factor.unbind(1), ratio.unbind(1), strict=True):
+        step.metrics[f"vgs/scaling_factor/{name}"] = of_scope
+        step.metrics[f"vgs/normalized_variance/{name}"] = ratio_of_scope
