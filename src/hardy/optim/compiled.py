@@ -30,7 +30,7 @@ from hardy.optim.vgs import Scopes, VGSState, contributions, record_factors
 VERSION = 1
 """Of `_Problem`; a library built from sources of another version is not used."""
 SMALLEST_PART = 250_000
-"""Weights below which a part of a step is not worth a thread, which is made in each call (measured)."""
+"""Weights, of all members, below which a part of a step is not worth a thread, which is made in each call."""
 _NUMBERS = {
     "lr": 0.0, "coupled_decay": 0.0, "decoupled_decay": 0.0, "beta_utility": 0.0, "sigma": 0.0, "step_factor": 1.0,
     "max_grad_norm": math.inf, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "vgs.alpha": 0.0, "vgs.min_scale": 0.0,

@@ -155,7 +155,8 @@ class PopulationOptimizer:
         if state.vgs is not None:
             state.vgs.microbatches.zero_()
             state.vgs.microbatch_squares.zero_()
-        return {name: value.to(hyper["optimizer.lr"].dtype) for name, value in step.metrics.items()}
+        metrics = torch.stack(list(step.metrics.values())).to(hyper["optimizer.lr"].dtype)
+        return dict(zip(step.metrics, metrics.unbind(), strict=True))
 
     def _hyper_columns(self, hyper: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stacked = torch.stack([hyper[name] for name in self._numbers]).double()[:, :, None]

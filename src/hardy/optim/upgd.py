@@ -192,7 +192,8 @@ def perturb(step: Step) -> None:
 
 def noisy_tensors(step: Step) -> list[int]:
     """Positions of the tensors to which some member adds noise."""
-    wanted = (step.hyper["sigma"] > 0).any(0).expand(step.shape[1]).tolist()
+    largest = step.hyper["sigma"].amax(0).tolist()
+    wanted = [value > 0 for value in largest] * (step.shape[1] // len(largest))
     return [k for k, option in enumerate(step.options) if option.noise and wanted[k]]
 
 

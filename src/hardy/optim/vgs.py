@@ -233,8 +233,6 @@ def measure(scopes: Scopes, warmup_steps: int, estimator: str) -> Transform:
 
 def record_factors(step: Step, scopes: Sequence[str], factor: Float[Tensor, "P S"], ratio: Float[Tensor, "P S"]) -> None:
     """Enter the factor and the NSR of each scope, and their means, among the step's metrics."""
-    step.metrics["vgs/scaling_factor"] = factor.mean(1)
-    step.metrics["vgs/normalized_variance"] = ratio.mean(1)
-    for name, of_scope, ratio_of_scope in zip(scopes, factor.unbind(1), ratio.unbind(1), strict=True):
-        step.metrics[f"vgs/scaling_factor/{name}"] = of_scope
-        step.metrics[f"vgs/normalized_variance/{name}"] = ratio_of_scope
+    for name, values in (("vgs/scaling_factor", factor), ("vgs/normalized_variance", ratio)):
+        step.metrics[name] = values.mean(1)
+        step.metrics |= {f"{name}/{scope}": value for scope, value in zip(scopes, values.unbind(1), strict=True)}
