@@ -97,7 +97,6 @@ struct Kernel {
 };
 
 constexpr int64_t BLOCK = 4096;
-constexpr int ROUNDS = 7;
 constexpr double LOG2_E = 1.4426950408889634;  // gates are powers of 2
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -107,7 +106,6 @@ constexpr double LOG2_E = 1.4426950408889634;  // gates are powers of 2
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
 #define LANES 16
 #define ROOT(x) ((Vector)_mm512_sqrt_ps((__m512)(x)))
-#define MULTIPLY(x, y) ((Wide)_mm512_mul_epu32((__m512i)(x), (__m512i)(y)))
 #define LARGER(x, y) ((Vector)_mm512_max_ps((__m512)(x), (__m512)(y)))
 #define SMALLER(x, y) ((Vector)_mm512_min_ps((__m512)(x), (__m512)(y)))
 namespace avx512 {
@@ -115,7 +113,6 @@ namespace avx512 {
 }
 #undef LANES
 #undef ROOT
-#undef MULTIPLY
 #undef LARGER
 #undef SMALLER
 #pragma GCC pop_options
@@ -123,7 +120,6 @@ namespace avx512 {
 #pragma GCC target("avx2,fma")
 #define LANES 8
 #define ROOT(x) ((Vector)_mm256_sqrt_ps((__m256)(x)))
-#define MULTIPLY(x, y) ((Wide)_mm256_mul_epu32((__m256i)(x), (__m256i)(y)))
 #define LARGER(x, y) ((Vector)_mm256_max_ps((__m256)(x), (__m256)(y)))
 #define SMALLER(x, y) ((Vector)_mm256_min_ps((__m256)(x), (__m256)(y)))
 namespace avx2 {
@@ -131,23 +127,19 @@ namespace avx2 {
 }
 #undef LANES
 #undef ROOT
-#undef MULTIPLY
 #undef LARGER
 #undef SMALLER
 #pragma GCC pop_options
 #endif
 
-// ROOT: square roots; MULTIPLY: the whole products of the lower words of each 64-bit lane; LARGER and SMALLER of two, or the
-// second where either is NaN.
+// ROOT: square roots; LARGER and SMALLER of two, or the second where either is NaN.
 #define LANES 4
 #if defined(__x86_64__)
 #define ROOT(x) ((Vector)_mm_sqrt_ps((__m128)(x)))
-#define MULTIPLY(x, y) ((Wide)_mm_mul_epu32((__m128i)(x), (__m128i)(y)))
 #define LARGER(x, y) ((Vector)_mm_max_ps((__m128)(x), (__m128)(y)))
 #define SMALLER(x, y) ((Vector)_mm_min_ps((__m128)(x), (__m128)(y)))
 #else
 #define ROOT(x) root(x)
-#define MULTIPLY(x, y) (((x) & 0xffffffffu) * ((y) & 0xffffffffu))
 #define LARGER(x, y) ((x) > (y) ? (x) : (y))
 #define SMALLER(x, y) ((x) < (y) ? (x) : (y))
 typedef float Four __attribute__((vector_size(16)));

@@ -1,5 +1,5 @@
 // The arithmetic of one block of one member's tensor, for one instruction set. `_upgd.cpp` includes this file once for each, in
-// a namespace of its own that has set LANES (floats in a vector), ROOT and MULTIPLY (see there).
+// a namespace of its own that has set LANES (floats in a vector), ROOT, LARGER and SMALLER (see there).
 // Nothing from the standard library is instantiated here: the linker could give the copy made for one CPU to all.
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -103,40 +103,24 @@ INLINE void box_muller(Words radius, Words angle, Vector& one, Vector& other) {
     other = length * (Vector)((Words)along ^ (turned & 0x80000000u));
 }
 
-// 64 normal numbers, places 64 * group onwards of one tensor: Philox-4x32 (Salmon et al. 2011), as `standard_normal` in noise.py.
-// A 64-bit lane carries one word; what lies above it is never looked at.
+// 32 normal numbers, places 32 * group onwards of one tensor, as `standard_normal` in noise.py: SplitMix64 (Steele, Lea & Flood
+// 2014) of 16 counters.
 INLINE void normals(uint64_t key, uint64_t tensor, uint64_t group, Vector* numbers) {
-    const Wide zero = {};
+    const uint64_t step = 0x9E3779B97F4A7C15u;
     for (int share = 0; share < 16 / LANES; ++share) {
-        Wide words[2][4];  // of the even and of the odd counters
-        Wide counter = zero;
-        for (int lane = 0; lane < LANES / 2; ++lane) counter[lane] = static_cast<uint64_t>(share * LANES + 2 * lane);
-        words[0][0] = counter + 16 * group;
-        words[1][0] = words[0][0] + 1;
-        for (int parity = 0; parity < 2; ++parity) {
-            words[parity][1] = zero + tensor;
-            words[parity][2] = words[parity][3] = zero;
+        Wide offset = {};
+        for (int lane = 0; lane < LANES / 2; ++lane) offset[lane] = static_cast<uint64_t>(share * LANES + 2 * lane) * step;
+        const uint64_t first = ((tensor << 40) + 16 * group + 1) * step + key;
+        Wide bits[2] = {offset + first, offset + (first + step)};  // of the even and of the odd counters
+        for (Wide& each : bits) {
+            each = (each ^ (each >> 30)) * 0xBF58476D1CE4E5B9u;
+            each = (each ^ (each >> 27)) * 0x94D049BB133111EBu;
+            each = each ^ (each >> 31);
         }
-        uint32_t low_key = static_cast<uint32_t>(key), high_key = static_cast<uint32_t>(key >> 32);
-#pragma GCC unroll 10
-        for (int round = 0; round < ROUNDS; ++round) {
-            for (int parity = 0; parity < 2; ++parity) {
-                Wide* const word = words[parity];
-                const Wide first = MULTIPLY(word[0], zero + 0xD2511F53u), second = MULTIPLY(word[2], zero + 0xCD9E8D57u);
-                word[0] = (second >> 32) ^ word[1] ^ (zero + low_key);
-                word[2] = (first >> 32) ^ word[3] ^ (zero + high_key);
-                word[1] = second;
-                word[3] = first;
-            }
-            low_key += 0x9E3779B9u;
-            high_key += 0xBB67AE85u;
-        }
-        Words packed[4];
-        for (int word = 0; word < 4; ++word)
-            packed[word] = (Words)((words[0][word] & (zero + 0xffffffffu)) | (words[1][word] << 32));
-        constexpr int row = 16 / LANES;
-        box_muller(packed[0], packed[1], numbers[share], numbers[row + share]);
-        box_muller(packed[2], packed[3], numbers[2 * row + share], numbers[3 * row + share]);
+        const Wide low = Wide{} + 0xffffffffu;
+        const Words radius = (Words)((bits[0] & low) | (bits[1] << 32));
+        const Words angle = (Words)((bits[0] >> 32) | (bits[1] & ~low));
+        box_muller(radius, angle, numbers[share], numbers[16 / LANES + share]);
     }
 }
 
@@ -232,10 +216,10 @@ void descend(const Block& of, const Numbers& its, Sums& sums) {
     const Block block = of;  // copies, which the stores cannot change
     const Numbers numbers = its;
     Vector direction_square = {}, gate_square = {}, noise_square = {};
-    constexpr int64_t together = NOISE ? 64 : LANES;
-    Vector noise[64 / LANES];
+    constexpr int64_t together = NOISE ? 32 : LANES;
+    Vector noise[32 / LANES];
     for (int64_t begin = 0; begin < block.count; begin += together) {
-        if (NOISE) normals(numbers.key, numbers.tensor, static_cast<uint64_t>(block.begin + begin) / 64, noise);
+        if (NOISE) normals(numbers.key, numbers.tensor, static_cast<uint64_t>(block.begin + begin) / 32, noise);
         const auto move = [&](int64_t i, int64_t j, auto size) INLINE_LAMBDA {
             const Update update = gated<ADAM, GATING>(block, numbers, i, size);
             direction_square += update.direction * update.direction;
