@@ -1,5 +1,7 @@
 """What pyproject.toml cannot say: the optional compiled libraries (see `hardy.nn.compiled` and `hardy.optim.compiled`)."""
 
+import glob
+
 from setuptools import Extension, setup
 
 # No debug information: it is half a megabyte. Products and sums may be fused; NaN and infinity stay what they are.
@@ -11,7 +13,7 @@ setup(
         Extension(
             f"hardy.{package}.{name}",
             sources=[f"src/hardy/{package}/{name}.cpp"],
-            depends=[f"src/hardy/{package}/{name}_kernel.h"],
+            depends=sorted(glob.glob(f"src/hardy/{package}/{name}_*.h")),
             extra_compile_args=OPTIONS.split(),
             extra_link_args=["-pthread"],
             # Without a compiler that can, Hardy installs all the same, and PyTorch's kernels do the work.
