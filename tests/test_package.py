@@ -95,7 +95,7 @@ def build(tmp_path: Path, kind: str, **environment: str) -> Path:
 
 
 def compiled_in(held: set[str]) -> list[str]:
-    return [name for name in held if re.fullmatch(r"hardy/nn/_recurrence\..+\.(so|pyd)", name)]
+    return [name for name in held if re.fullmatch(r"hardy/(nn/_recurrence|optim/_upgd)\..+\.(so|pyd)", name)]
 
 
 def test_the_wheel_holds_everything(tmp_path: Path) -> None:
