@@ -158,7 +158,8 @@ def exploit_(state: object, source: Int[Tensor, "P"]) -> None:
         if leaf.rule is ExploitRule.COPY:
             copies[id(leaf.tensor)] = leaf.tensor
     for tensor in copies.values():
-        tensor[rows] = tensor[source[rows]]
+        here = rows.to(tensor.device)
+        tensor[here] = tensor[source[rows].to(tensor.device)]
     reset_(state, replaced)
 
 
@@ -167,7 +168,7 @@ def reset_(state: object, members: Bool[Tensor, "P"]) -> None:
     """Fill the RESET leaves of the selected members with their declared initial values, in place."""
     for leaf in leaves(state):
         if leaf.rule is ExploitRule.RESET:
-            leaf.tensor[members] = cast(Any, leaf.initial)
+            leaf.tensor[members.to(leaf.tensor.device)] = cast(Any, leaf.initial)
 
 
 def expand(
