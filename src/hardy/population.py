@@ -257,6 +257,13 @@ class MemberGenerators:
             out[index] = torch.empty(out.shape[1:], dtype=out.dtype).uniform_(generator=generator)
         return out
 
+    def keys(self, members: Bool[Tensor, "P"] | None = None) -> Int[Tensor, "P"]:
+        """One number in [0, 2⁶³) per member, the key of a counter-based generator; 0, undrawn, outside ``members``."""
+        drawn = torch.zeros(len(self), dtype=torch.int64)
+        for index, generator in self._selected(members):
+            drawn[index].random_(generator=generator)
+        return drawn
+
     def permutations(self, length: int, members: Bool[Tensor, "P"] | None = None) -> Int[Tensor, "P length"]:
         """One independent permutation of ``0 .. length-1`` per member; those outside ``members`` get the identity, undrawn."""
         drawn = torch.arange(length).repeat(len(self), 1)

@@ -19,9 +19,9 @@ from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, resto
 from hardy.config import tunables
 from hardy.envs import BatchedEnv, Drift, make
 from hardy.nn.normalizer import ReturnNormalizer, RunningMoments
-from hardy.nn.parallel import available_cores, set_threads
 from hardy.ops.plasticity import dormant_fraction, effective_rank
 from hardy.optim import OptimizerState, PopulationOptimizer
+from hardy.parallel import available_cores, set_threads
 from hardy.policy import ActorCritic, describe_space
 from hardy.population import (
     ExploitRule,
