@@ -42,7 +42,7 @@ class HyperparameterSpace(Settings):
             raise ValueError(f"high = {self.high:g}: must be < 1 by more than 1e-7 where space = 'log_one_minus'")
         with np.errstate(over="ignore"):
             low, high = (float(np.float32(end)) for end in (self.low, self.high))
-        if not (low < high < math.inf and low > -math.inf) or low == 0 < self.low:
+        if not -math.inf < low < high < math.inf or (self.space == "log" and low == 0):
             raise ValueError(
                 f"low = {self.low:g}, high = {self.high:g}: a float32, as which values are kept, has no such range"
             )
