@@ -82,7 +82,13 @@ class Trunk(nn.Module):
 
 
 class Branch(nn.Module):
-    """Actor or critic: a trunk of its own unless it is shared, hidden layers, the output layer."""
+    """Actor or critic: a trunk of its own unless it is shared, hidden layers, the output layer.
+
+    Attributes:
+        log_std: ``[P, A]`` of an actor with continuous actions.
+    """
+
+    log_std: nn.Parameter | None
 
     def __init__(
         self, trunk: Trunk | None, input_size: int, output_size: int, gain: float, settings: PolicySettings,
@@ -92,6 +98,7 @@ class Branch(nn.Module):
         self.trunk = trunk
         self.head = StackedMLP(input_size, settings.head, generators, settings.activation, settings.layer_norm)
         self.output = StackedLinear(self.head.output_size, output_size, generators, gain)
+        self.register_parameter("log_std", None)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features ``[P, ..., H]`` to outputs ``[P, ..., O]``."""
@@ -201,8 +208,7 @@ class ActorCritic(nn.Module):
 
     def distribution(self, outputs: Float[Tensor, "P *batch A"]) -> ActionDistribution:
         """The action distribution that the actor's outputs stand for."""
-        log_std = getattr(self.actor, "log_std", None)
-        return make_distribution(self.action_space, outputs, log_std)
+        return make_distribution(self.action_space, outputs, self.actor.log_std)
 
     def draw_noise(self, generators: MemberGenerators, *batch: int) -> Float[Tensor, "P ..."]:
         """The randomness of ``[P, *batch]`` actions, each member's from its own generator."""

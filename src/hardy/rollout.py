@@ -146,9 +146,9 @@ def collect(
         outcome = env.step(action.flatten(0, 1).cpu().numpy())
         outcomes.append(outcome)
         if outcome.final_obs is not None and outcome.truncated.any():
-            final_obs = normalize(policy.flatten(outcome.final_obs, members))
+            final_obs = normalize(torch.from_numpy(outcome.final_obs).reshape(obs.shape).to(obs))
             final_value[:, t] = expected_value(step(final_obs, recurrent, torch.zeros_like(is_first))[1])
-        obs = policy.flatten(outcome.obs, members)
+        obs = torch.from_numpy(outcome.obs).reshape(obs.shape).to(obs)
         is_first = torch.from_numpy(outcome.is_first).view(members, envs).to(obs.device)
     state.obs.copy_(obs)
     state.is_first.copy_(is_first)

@@ -10,14 +10,13 @@
 // hardy/nn/compiled_step.py, whose `_Layer` and `_Network` do.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "_recurrence_threads.h"
 
 namespace {
 
@@ -252,31 +251,6 @@ void run_task(const Problem& p, const Task& task, const Kernel& kernel, std::vec
     std::vector<float*> to(static_cast<size_t>(4 * H));
     const int64_t carry = sizes[0] * H + 16;
     kernel.backward(p, rows, aligned(memory, carry + (4 * H + 128) * widest), from.data(), to.data());
-}
-
-// Runs task(0) to task(count - 1) on at most `threads` threads; false if memory ran out.
-template <class Task>
-bool share_out(size_t count, int64_t threads, const Task& task) {
-    std::atomic<size_t> next{0};
-    std::atomic<bool> failed{false};
-    const auto work = [&] {
-        try {
-            for (size_t i = next++; i < count; i = next++) task(i);
-        } catch (const std::bad_alloc&) {
-            failed = true;
-        }
-    };
-    std::vector<std::thread> others;
-    const auto wanted = std::min(static_cast<size_t>(threads), count);
-    others.reserve(wanted);
-    try {
-        while (others.size() + 1 < wanted) others.emplace_back(work);
-    } catch (const std::system_error&) {
-        // No more threads to be had: those there are do all of it.
-    }
-    work();
-    for (std::thread& other : others) other.join();
-    return !failed;
 }
 
 int run(const Problem& problem) {

@@ -25,7 +25,7 @@ VERSION = 1
 KINDS = {kind: number for number, kind in enumerate(("linear", "tanh", "relu", "elu", "silu", "lstm"))}
 OBSERVATION = -1
 """Stands for the layer below the first."""
-SMALLEST_PART = 20_000_000
+SMALLEST_PART = 2_000_000
 """Multiplications of a step below which they are not worth a thread (measured)."""
 WIDEST = 64
 """Places of a panel, at most; the last panel of a layer may be nearly empty."""
