@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
@@ -120,6 +126,43 @@ if compiled_step.available():
         for env in range(E):
             found = alone(obs[:, env : env + 1], state[:, env : env + 1], is_first[:, env : env + 1])
             assert all(torch.equal(one[:, 0], other[:, env]) for one, other in zip(found, wanted, strict=True))
+
+    def test_several_callers_at_once_get_their_own_values():
+        set_threads(2)
+        policy = policy_of()
+        cases = [(policy.stepper(P, E), draw(policy)) for _ in range(4)]
+        wanted = [step(*arguments) for step, arguments in cases]
+
+        def repeat(index):
+            step, arguments = cases[index]
+            return all(
+                torch.equal(one, other) for _ in range(200) for one, other in zip(step(*arguments), wanted[index], strict=True)
+            )
+
+        with ThreadPoolExecutor(4) as executor:
+            assert all(executor.map(repeat, range(4)))
+
+    def test_a_forked_process_finds_helpers_of_its_own():
+        script = """
+import os, signal, sys, torch
+sys.path.insert(0, "tests")
+import test_compiled_step as here
+from hardy.nn import compiled_step
+compiled_step.SMALLEST_PART = 1
+here.set_threads(2)
+policy = here.policy_of()
+step, arguments = policy.stepper(here.P, here.E), here.draw(policy)
+wanted = step(*arguments)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # helpers that are not there would be waited for without end
+    os._exit(not all(torch.equal(one, other) for one, other in zip(step(*arguments), wanted)))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
+"""
+        root = Path(__file__).parents[1]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     @pytest.mark.parametrize("level", LEVELS)
     def test_nan_stays_in_its_row_and_ends_with_a_reset(level, monkeypatch):
