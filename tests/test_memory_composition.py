@@ -342,14 +342,19 @@ def test_microbatches_add_up_to_the_minibatch():
 def test_the_normaliser_stands_still_within_an_iteration_and_moves_after_it(monkeypatch, mode):
     env = scripted([[(4, TRUNCATED)], [(3, TERMINATED)], [(5, TRUNCATED)]], mode, members=3)
     run = trainer(tiny(env={"num_envs": 3}, normalizer={"epsilon": 1e-6}), range(3), env=env)
-    loss, update, normalize = ppo.loss, run.ppo.update, run.normalize
+    loss, update, frozen = ppo.loss, run.ppo.update, run.frozen_normalizer
     means, rollouts = [], []
 
     def note():
         means.append(run.state.observation.mean.clone())
 
     monkeypatch.setattr(ppo, "loss", lambda *args: (note(), loss(*args))[1])
-    run.normalize = lambda obs: (note(), normalize(obs))[1]
+
+    def frozen_normalizer():
+        normalize = frozen()
+        return lambda obs: (note(), normalize(obs))[1]
+
+    run.frozen_normalizer = frozen_normalizer
     run.ppo.update = lambda rollout, *rest: (rollouts.append(rollout), update(rollout, *rest))[1]
     raw = []
     for _ in range(3):

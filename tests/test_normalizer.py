@@ -124,6 +124,16 @@ def test_normalize_brings_what_was_seen_to_unit_scale_and_changes_no_statistic()
     assert all(torch.equal(left, right) for left, right in zip(tensors(state), before, strict=True))
 
 
+def test_later_updates_do_not_reach_what_was_frozen() -> None:
+    moments = RunningMoments.create(2, (3,))
+    rows, valid = torch.randn(2, 11, 3) * 5 + 7, torch.ones(2, 11, dtype=torch.bool)
+    moments.update_(rows, valid)
+    normalize, expected = moments.frozen(5.0), moments.normalize(rows, 5.0)
+    moments.update_(rows * 3, valid)
+    assert torch.equal(normalize(rows), expected)
+    assert not torch.equal(moments.normalize(rows, 5.0), expected)
+
+
 def test_a_mean_that_float32_cannot_hold() -> None:
     rows = torch.tensor([[2.0**24, 2.0**24 + 2]])  # neighbours in float32
     state = RunningMoments.create(1)

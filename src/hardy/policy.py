@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import gymnasium
@@ -14,13 +14,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from hardy.config import Settings
+from hardy.nn import compiled_step
 from hardy.nn.distributions import ActionDistribution, action_noise, distribution_head_size, make_distribution
 from hardy.nn.linear import Activation, StackedLinear, StackedMLP
 from hardy.nn.recurrent import StackedRecurrent
+from hardy.parallel import pool
 from hardy.population import MemberGenerators
 
 ACTION_GAIN = 0.01
 """The first policy is nearly uniform, so that early exploration does not depend on the draw of the weights."""
+
+StepOutputs = tuple[Tensor, Tensor, Tensor]
+"""The actor's outputs ``[P, E, A]``, the quantiles ``[P, E, Q]`` and the state ``[P, E, S]`` after a step."""
 
 
 class PolicySettings(Settings):
@@ -77,7 +82,13 @@ class Trunk(nn.Module):
 
 
 class Branch(nn.Module):
-    """Actor or critic: a trunk of its own unless it is shared, hidden layers, the output layer."""
+    """Actor or critic: a trunk of its own unless it is shared, hidden layers, the output layer.
+
+    Attributes:
+        log_std: ``[P, A]`` of an actor with continuous actions.
+    """
+
+    log_std: nn.Parameter | None
 
     def __init__(
         self, trunk: Trunk | None, input_size: int, output_size: int, gain: float, settings: PolicySettings,
@@ -87,6 +98,7 @@ class Branch(nn.Module):
         self.trunk = trunk
         self.head = StackedMLP(input_size, settings.head, generators, settings.activation, settings.layer_norm)
         self.output = StackedLinear(self.head.output_size, output_size, generators, gain)
+        self.register_parameter("log_std", None)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features ``[P, ..., H]`` to outputs ``[P, ..., O]``."""
@@ -142,6 +154,13 @@ class ActorCritic(nn.Module):
         Returns:
             The action distribution, the quantiles of the return, and the state after this step.
         """
+        outputs, quantiles, state = self.step_outputs(obs, state, is_first)
+        return self.distribution(outputs), quantiles, state
+
+    def step_outputs(
+        self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
+    ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E Q"], Float[Tensor, "P E S"]]:
+        """As `step`, with the actor's outputs instead of the distribution that `distribution` makes of them."""
         state = state.masked_fill(is_first.unsqueeze(-1), 0.0)
         if self.core is not None:
             actor_features, state = self.core.step(obs, state)
@@ -151,14 +170,30 @@ class ActorCritic(nn.Module):
             actor_features, actor_state = self._own_trunks[0].step(obs, actor_state)
             critic_features, critic_state = self._own_trunks[1].step(obs, critic_state)
             state = torch.cat([actor_state, critic_state], dim=-1)
-        return self._distribution(self.actor(actor_features)), self.critic(critic_features), state
+        return self.actor(actor_features), self.critic(critic_features), state
+
+    def stepper(self, members: int, envs: int) -> Callable[[Tensor, Tensor, Tensor], StepOutputs]:
+        """`step_outputs` for many steps with the weights of this moment, without gradients; compiled where that is possible."""
+        settings = self.settings
+        plain = settings.memory in ("none", "lstm") and not settings.layer_norm
+        if not (plain and compiled_step.available() and self.dtype is torch.float32 and self.device.type == "cpu"):
+            return self.step_outputs
+        step = compiled_step.CompiledStep(members, envs, self.state_size, pool().threads)
+        features, state_at = [], 0
+        for trunk in self._own_trunks:
+            layer = step.add_mlp(compiled_step.OBSERVATION, trunk.encoder)
+            features.append(layer if trunk.memory is None else step.add_lstm(layer, trunk.memory, state_at))
+            state_at += trunk.state_size
+        branches = ((self.actor, features[0]), (self.critic, features[-1]))
+        actor, critic = (step.add_linear(step.add_mlp(source, branch.head), branch.output) for branch, source in branches)
+        return step.pack(actor, critic)
 
     def forward(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
     ) -> tuple[ActionDistribution, Float[Tensor, "P T E Q"]]:
         """Whole sequences from a stored state: the action distributions and the quantiles of the return."""
         actor_features, critic_features = self.features(obs, state, is_first)
-        return self._distribution(self.actor(actor_features)), self.critic(critic_features)
+        return self.distribution(self.actor(actor_features)), self.critic(critic_features)
 
     def features(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
@@ -171,9 +206,9 @@ class ActorCritic(nn.Module):
         actor, critic = self._own_trunks
         return actor(obs, actor_state, is_first), critic(obs, critic_state, is_first)
 
-    def _distribution(self, outputs: Tensor) -> ActionDistribution:
-        log_std = getattr(self.actor, "log_std", None)
-        return make_distribution(self.action_space, outputs, log_std)
+    def distribution(self, outputs: Float[Tensor, "P *batch A"]) -> ActionDistribution:
+        """The action distribution that the actor's outputs stand for."""
+        return make_distribution(self.action_space, outputs, self.actor.log_std)
 
     def draw_noise(self, generators: MemberGenerators, *batch: int) -> Float[Tensor, "P ..."]:
         """The randomness of ``[P, *batch]`` actions, each member's from its own generator."""

@@ -113,8 +113,9 @@ def burn_in_(
         where: environments to rebuild; the next step continues their episodes.
     """
     memory = torch.zeros_like(state.recurrent)
-    for t in range(recent.raw_obs.shape[1]):
-        memory = policy.step(normalize(recent.raw_obs[:, t]), memory, recent.is_first[:, t])[2]
+    step = policy.stepper(*state.is_first.shape)
+    for obs, is_first in zip(normalize(recent.raw_obs).unbind(1), recent.is_first.unbind(1), strict=True):
+        memory = step(obs, memory, is_first)[2]
     rebuilt = where & memory.isfinite().all(-1)
     state.recurrent.copy_(torch.where(rebuilt.unsqueeze(-1), memory, state.recurrent))
     state.is_first.masked_fill_(rebuilt, False)
@@ -131,34 +132,37 @@ def collect(
         noise: the members' generators for their actions.
     """
     members, envs, _ = state.obs.shape
-    action_noise = policy.draw_noise(noise, steps, envs)
-    initial_state = state.recurrent.clone()
-    final_value = state.obs.new_zeros(members, steps, envs)
-    recurrent = state.recurrent
+    step = policy.stepper(members, envs)
+    action_noise = policy.draw_noise(noise, steps, envs).unbind(1)
+    initial_state, recurrent = state.recurrent.clone(), state.recurrent
+    obs, is_first = state.obs.clone(), state.is_first.clone()
+    final_value = obs.new_zeros(members, steps, envs)
     acted: list[tuple[Tensor, ...]] = []
     outcomes: list[EnvStep] = []
     for t in range(steps):
-        distribution, quantiles, recurrent = policy.step(normalize(state.obs), recurrent, state.is_first)
-        action = distribution.sample(action_noise[:, t])
-        acted.append((state.obs.clone(), state.is_first.clone(), action, distribution.log_prob(action), quantiles))
-        step = env.step(action.flatten(0, 1).cpu().numpy())
-        outcomes.append(step)
-        if step.final_obs is not None and step.truncated.any():
-            final_obs = normalize(policy.flatten(step.final_obs, members))
-            final_value[:, t] = expected_value(policy.step(final_obs, recurrent, torch.zeros_like(state.is_first))[1])
-        state.obs.copy_(policy.flatten(step.obs, members))
-        state.is_first.copy_(torch.from_numpy(step.is_first).view(members, envs))
-        _count_episodes(state, step)
+        outputs, quantiles, recurrent = step(normalize(obs), recurrent, is_first)
+        action = policy.distribution(outputs).sample(action_noise[t])
+        acted.append((obs, is_first, action, outputs, quantiles))
+        outcome = env.step(action.flatten(0, 1).cpu().numpy())
+        outcomes.append(outcome)
+        if outcome.final_obs is not None and outcome.truncated.any():
+            final_obs = normalize(torch.from_numpy(outcome.final_obs).reshape(obs.shape).to(obs))
+            final_value[:, t] = expected_value(step(final_obs, recurrent, torch.zeros_like(is_first))[1])
+        obs = torch.from_numpy(outcome.obs).reshape(obs.shape).to(obs)
+        is_first = torch.from_numpy(outcome.is_first).view(members, envs).to(obs.device)
+    state.obs.copy_(obs)
+    state.is_first.copy_(is_first)
     state.recurrent.copy_(recurrent)
+    _count_episodes(state, outcomes)
     # An observation that was not finite would otherwise stay in the memory until its episode ends.
     reset_memory_(state, ~recurrent.isfinite().all(-1))
-    raw_obs, is_first, actions, log_prob, quantile_block = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
+    raw_obs, is_first, actions, outputs, quantiles = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
     reward, terminated, truncated, valid = (
-        torch.from_numpy(np.stack([getattr(step, name) for step in outcomes])).view(steps, members, envs).transpose(0, 1)
+        torch.from_numpy(np.stack([getattr(outcome, name) for outcome in outcomes])).view(steps, members, envs).transpose(0, 1)
         for name in ("reward", "terminated", "truncated", "valid")
     )
-    value = expected_value(quantile_block)
-    last_value = expected_value(policy.step(normalize(state.obs), state.recurrent, state.is_first)[1])
+    value = expected_value(quantiles)
+    last_value = expected_value(step(normalize(state.obs), state.recurrent, state.is_first)[1])
     following = torch.cat([value[:, 1:], last_value.unsqueeze(1)], dim=1)
     truncated = truncated.to(policy.device)
     return Rollout(
@@ -166,7 +170,7 @@ def collect(
         obs=normalize(raw_obs),
         is_first=is_first,
         action=actions,
-        log_prob=log_prob,
+        log_prob=policy.distribution(outputs).log_prob(actions),
         value=value,
         next_value=torch.where(truncated, final_value, following),
         reward=reward.to(value),
@@ -177,19 +181,20 @@ def collect(
     )
 
 
-def _count_episodes(state: CollectorState, step: EnvStep) -> None:
-    # On views as arrays: a few numbers at a time, every step, are cheaper there than as tensors.
+def _count_episodes(state: CollectorState, outcomes: list[EnvStep]) -> None:
+    # On views as arrays: a few numbers at a time are cheaper there than as tensors.
     running_return, running_length = state.episode_return.numpy(), state.episode_length.numpy()
-    running_return += np.where(step.valid, step.reward, 0.0).reshape(running_return.shape)
-    running_length += step.valid.reshape(running_length.shape)
-    if step.final_obs is None:
-        return
     returns, lengths, episodes = state.recent_returns.numpy(), state.recent_lengths.numpy(), state.episodes.numpy()
-    for member, index in np.argwhere((step.terminated | step.truncated).reshape(running_return.shape)):
-        slot = episodes[member] % RECENT_EPISODES
-        returns[member, slot], lengths[member, slot] = running_return[member, index], running_length[member, index]
-        episodes[member] += 1
-        running_return[member, index] = running_length[member, index] = 0
+    for step in outcomes:
+        running_return += np.where(step.valid, step.reward, 0.0).reshape(running_return.shape)
+        running_length += step.valid.reshape(running_length.shape)
+        if step.final_obs is None:
+            continue
+        for member, index in np.argwhere((step.terminated | step.truncated).reshape(running_return.shape)):
+            slot = episodes[member] % RECENT_EPISODES
+            returns[member, slot], lengths[member, slot] = running_return[member, index], running_length[member, index]
+            episodes[member] += 1
+            running_return[member, index] = running_length[member, index] = 0
 
 
 @torch.no_grad()
@@ -222,6 +227,7 @@ def evaluate(
     envs = obs.shape[1]
     is_first = torch.ones(members, envs, dtype=torch.bool, device=obs.device)
     recurrent = policy.initial_state(members, envs)
+    policy_step = policy.stepper(members, envs)
     total = np.zeros(members * envs)
     running = np.ones(members * envs, dtype=bool)
     for _ in range(max_steps):
@@ -229,7 +235,8 @@ def evaluate(
             break
         if stop():
             raise KeyboardInterrupt
-        distribution, _, recurrent = policy.step(normalize(obs), recurrent, is_first)
+        outputs, _, recurrent = policy_step(normalize(obs), recurrent, is_first)
+        distribution = policy.distribution(outputs)
         action = distribution.mode() if deterministic else distribution.sample(policy.draw_noise(noise, envs))
         step = env.step(action.flatten(0, 1).cpu().numpy())
         total += np.where(running & step.valid, step.reward, 0.0)

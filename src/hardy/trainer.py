@@ -37,7 +37,18 @@ from hardy.population import (
     training_state,
 )
 from hardy.ppo import PPO, scheduled
-from hardy.rollout import CollectorState, Rollout, burn_in_, collect, evaluate, reset_memory_, restart_, running_scores, start
+from hardy.rollout import (
+    CollectorState,
+    Normalize,
+    Rollout,
+    burn_in_,
+    collect,
+    evaluate,
+    reset_memory_,
+    restart_,
+    running_scores,
+    start,
+)
 from hardy.settings import RunSettings
 
 PLASTICITY_SAMPLES = 512
@@ -128,10 +139,14 @@ class Trainer:
 
     def normalize(self, obs: Float[Tensor, "P ..."]) -> Float[Tensor, "P ..."]:
         """Observations as the policy sees them, by the statistics of this moment."""
+        return self.frozen_normalizer()(obs)
+
+    def frozen_normalizer(self) -> Normalize:
+        """`normalize` for many calls, by the statistics of this moment."""
         settings = self.settings.normalizer
-        return (
-            self.state.observation.normalize(obs, settings.clip_observation, settings.epsilon) if settings.observation else obs
-        )
+        if not settings.observation:
+            return lambda obs: obs
+        return self.state.observation.frozen(settings.clip_observation, settings.epsilon)
 
     def iterate(self, total_timesteps: int) -> Metrics:
         """One rollout and one update of every member.
@@ -151,8 +166,9 @@ class Trainer:
         state = self.state
         self._follow_schedule()
         rollout = self.recent = collect(
-            self.env, self.policy, state.collector, self.normalize, state.generators["action"], self.settings.ppo.n_steps
-        )
+            self.env, self.policy, state.collector, self.frozen_normalizer(), state.generators["action"],
+            self.settings.ppo.n_steps,
+        )  # fmt: skip
         hyper = scheduled(state.hyper, self.settings.ppo, self.timesteps / total_timesteps)
         trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
         metrics: Metrics = dict(
@@ -242,7 +258,7 @@ class Trainer:
         anew = torch.zeros_like(replaced) if restarts is None else torch.from_numpy(restarts).to(device)
         begun = self._begin_episodes(replaced, anew | (self.settings.pbt.after_exploit == "reset_env"))
         if self.settings.pbt.after_exploit == "burn_in" and self.recent is not None:
-            burn_in_(state.collector, self.policy, self.recent, self.normalize, replaced[:, None] & ongoing & ~begun)
+            burn_in_(state.collector, self.policy, self.recent, self.frozen_normalizer(), replaced[:, None] & ongoing & ~begun)
 
     @torch.no_grad()
     def fall_back_(self, path: Path) -> int:
@@ -320,7 +336,9 @@ class Trainer:
         try:
             noise = MemberGenerators([common] * members, "evaluation")
             limit = self.settings.evaluation.max_steps
-            return evaluate(env, self.policy, self.normalize, members, deterministic, noise, max_steps=limit, stop=stop)
+            return evaluate(
+                env, self.policy, self.frozen_normalizer(), members, deterministic, noise, max_steps=limit, stop=stop
+            )
         finally:
             env.close()
 

@@ -135,7 +135,7 @@ def as_actions(actions: Shaped[np.ndarray, "N ..."], space: Discrete | Box, num_
         ValueError: wrong shape, type or range.
     """
     if isinstance(space, Discrete):
-        if actions.shape != (num_envs,) or not np.issubdtype(actions.dtype, np.integer):
+        if actions.shape != (num_envs,) or actions.dtype.kind not in "iu":
             raise ValueError(
                 f"actions have shape {actions.shape} and type {actions.dtype}: {space} takes ({num_envs},) integers"
             )

@@ -103,7 +103,7 @@ class ClassicControl(BatchedEnv):
             obs = self._observe()
         return EnvStep(
             obs,
-            reward.astype(np.float32),
+            reward.astype(np.float32, copy=False),
             terminated,
             truncated,
             final_obs,
@@ -195,10 +195,13 @@ class CartPole(ClassicControl):
     signed_physics = frozenset({"gravity"})
     state_size = 4
     tau = 0.02
+    limits = np.array([[2.4], [math.radians(12)]])
+    """Position and angle beyond which an episode terminates."""
 
     def _derive(self) -> None:
         self._total_mass = self._physics["masscart"] + self._physics["masspole"]
         self._polemass_length = self._physics["masspole"] * self._physics["length"]  # `length` is half the pole's
+        self._backwards = -self._physics["force_mag"]
 
     def _draw(self, generator: np.random.Generator) -> Float64[np.ndarray, "4"]:
         return generator.uniform(-0.05, 0.05, size=4)
@@ -207,14 +210,19 @@ class CartPole(ClassicControl):
         physics = self._physics
         _, velocity, angle, spin = self._state
         sin, cos = np.sin(angle), np.cos(angle)
-        force = np.where(actions == 1, physics["force_mag"], -physics["force_mag"])
+        force = np.where(actions == 1, physics["force_mag"], self._backwards)
         push = (force + self._polemass_length * spin**2 * sin) / self._total_mass
         inertia = physics["length"] * (4 / 3 - physics["masspole"] * cos**2 / self._total_mass)
-        spin_rate = (physics["gravity"] * sin - cos * push) / inertia
-        acceleration = push - self._polemass_length * spin_rate * cos / self._total_mass
-        self._state = self._state + self.tau * np.stack((velocity, acceleration, spin, spin_rate))
-        fallen = (np.abs(self._state[0]) > 2.4) | (np.abs(self._state[2]) > math.radians(12))
-        return np.ones(self.num_envs), fallen
+        following = np.empty_like(self._state)
+        rate_of_position, acceleration, rate_of_angle, spin_rate = following
+        rate_of_position[:], rate_of_angle[:] = velocity, spin
+        np.divide(physics["gravity"] * sin - cos * push, inertia, out=spin_rate)
+        np.subtract(push, self._polemass_length * spin_rate * cos / self._total_mass, out=acceleration)
+        following *= self.tau
+        following += self._state
+        self._state = following
+        beyond = np.abs(following[::2]) > self.limits
+        return np.ones(self.num_envs, dtype=np.float32), beyond[0] | beyond[1]
 
     def _features(self) -> tuple[Float[np.ndarray, "N"], ...]:
         return tuple(self._state)

@@ -4,17 +4,19 @@
 // first, run side by side one time step after another, so that every product takes several rows. Memory in the order of the
 // steps ("packed": step by step of a part's rows) is used inside only; inputs and outputs stay where they are, at t * E + e.
 //
-// Plain C interface, no Python or PyTorch headers. Called by hardy/nn/compiled.py, whose `Problem` mirrors the one here.
+// And one time step of a whole policy, weights packed beforehand: the rollout's case.
+//
+// Plain C interface, no Python or PyTorch headers. Called by hardy/nn/compiled.py, whose `_Problem` mirrors the one here, and by
+// hardy/nn/compiled_step.py, whose `_Layer` and `_Network` do.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "_recurrence_threads.h"
 
 namespace {
 
@@ -51,6 +53,38 @@ struct Rows {
     float *grad_weight_ih, *grad_weight_hh, *grad_bias;
 };
 
+enum Kind : int64_t { LINEAR, TANH, RELU, ELU, SILU, LSTM };
+
+// One layer of a policy: a linear one with its activation, or an LSTM cell.
+struct Layer {
+    int64_t kind, inputs, outputs;
+    int64_t source;              // the layer whose output comes in; -1 is the observation
+    int64_t hidden_at, cell_at;  // of an LSTM, where in the state its vectors begin
+    int64_t panel_stride;        // from one member's panels to the next one's
+    const float *weight, *bias;  // [P, O, I], [P, O]; an LSTM's as in torch.nn.LSTM, P in front
+    const float *weight_hh, *bias_hh;
+    float* panels;  // [P, panel_stride]
+    float* output;  // [P, E, O]; an LSTM's is the hidden vector in `next_state`
+};
+
+struct Network {
+    int64_t members, envs, state_size, layers;
+    int64_t parts;  // of each member's environments, run apart
+    int64_t threads, level;
+    int64_t packing;  // 1: fill the panels from the weights; 0: take a step
+    const Layer* layer;
+    const float* obs;               // [P, E, I]
+    const unsigned char* is_first;  // [P, E]
+    const float* state;             // [P, E, state_size]
+    float* next_state;              // [P, E, state_size]
+};
+
+// What one layer works on, by environment; all but `in` and `out` are an LSTM's.
+struct LayerRows {
+    const float *const *in, *const *hidden, *const *cell_before;
+    float *const *out, *const *cell;
+};
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HARDY_DISPATCH
 #pragma GCC push_options
@@ -59,6 +93,7 @@ struct Rows {
 #define ROWS 6
 namespace avx512 {
 #include "_recurrence_kernel.h"
+#include "_recurrence_step.h"
 }
 #undef LANES
 #undef ROWS
@@ -69,6 +104,7 @@ namespace avx512 {
 #define ROWS 3
 namespace avx2 {
 #include "_recurrence_kernel.h"
+#include "_recurrence_step.h"
 }
 #undef LANES
 #undef ROWS
@@ -83,6 +119,7 @@ namespace avx2 {
 #endif
 namespace plain {
 #include "_recurrence_kernel.h"
+#include "_recurrence_step.h"
 }
 
 // A number no smaller than any width of a panel, for the size of the workspace.
@@ -91,16 +128,19 @@ constexpr int64_t WIDEST = 64;
 struct Kernel {
     void (*forward)(const Problem&, const Rows&, float*);
     void (*backward)(const Problem&, const Rows&, float*, const float**, float**);
+    void (*pack)(const Layer&, int64_t member);
+    void (*run_layer)(const Layer&, int64_t member, const LayerRows&, int64_t count);
 };
 
 Kernel choose(int64_t level) {
 #ifdef HARDY_DISPATCH
     if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return {avx512::forward, avx512::backward};
-    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {avx2::forward, avx2::backward};
+        return {avx512::forward, avx512::backward, avx512::pack, avx512::run_layer};
+    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return {avx2::forward, avx2::backward, avx2::pack, avx2::run_layer};
 #endif
     static_cast<void>(level);
-    return {plain::forward, plain::backward};
+    return {plain::forward, plain::backward, plain::pack, plain::run_layer};
 }
 
 struct Row {
@@ -224,27 +264,54 @@ int run(const Problem& problem) {
         }
     }
     const Kernel kernel = choose(problem.level);
-    std::atomic<size_t> next{0};
-    std::atomic<bool> failed{false};
-    const auto work = [&] {
-        try {
-            static thread_local std::vector<float> memory;
-            for (size_t i = next++; i < tasks.size(); i = next++) run_task(problem, tasks[i], kernel, memory);
-        } catch (const std::bad_alloc&) {
-            failed = true;
+    const bool done = share_out(tasks.size(), problem.threads, [&](size_t i) {
+        static thread_local std::vector<float> memory;
+        run_task(problem, tasks[i], kernel, memory);
+    });
+    return done ? 0 : 1;
+}
+
+// One time step of environments begin .. end - 1 of one member, layer after layer.
+void take_step(const Network& net, int64_t member, int64_t begin, int64_t end, const Kernel& kernel) {
+    const int64_t S = net.state_size;
+    const auto count = static_cast<size_t>(end - begin);
+    const std::vector<float> zeros(static_cast<size_t>(S), 0.0f);
+    std::vector<const float*> in(count), hidden(count), cell_before(count);
+    std::vector<float*> out(count), cell(count);
+    const LayerRows rows{in.data(), hidden.data(), cell_before.data(), out.data(), cell.data()};
+    for (const Layer* layer = net.layer; layer != net.layer + net.layers; ++layer) {
+        const Layer* source = layer->source < 0 ? nullptr : net.layer + layer->source;
+        for (size_t r = 0; r < count; ++r) {
+            const int64_t env = member * net.envs + begin + static_cast<int64_t>(r);
+            if (source == nullptr)
+                in[r] = net.obs + env * layer->inputs;
+            else
+                in[r] = source->kind == LSTM ? net.next_state + env * S + source->hidden_at : source->output + env * source->outputs;
+            if (layer->kind == LSTM) {
+                hidden[r] = net.is_first[env] ? zeros.data() : net.state + env * S + layer->hidden_at;
+                cell_before[r] = net.is_first[env] ? zeros.data() : net.state + env * S + layer->cell_at;
+                out[r] = net.next_state + env * S + layer->hidden_at;
+                cell[r] = net.next_state + env * S + layer->cell_at;
+            } else {
+                out[r] = layer->output + env * layer->outputs;
+            }
         }
-    };
-    std::vector<std::thread> others;
-    const auto wanted = std::min(static_cast<size_t>(problem.threads), tasks.size());
-    others.reserve(wanted);
-    try {
-        while (others.size() + 1 < wanted) others.emplace_back(work);
-    } catch (const std::system_error&) {
-        // No more threads to be had: those there are do all of it.
+        kernel.run_layer(*layer, member, rows, end - begin);
     }
-    work();
-    for (std::thread& other : others) other.join();
-    return failed ? 1 : 0;
+}
+
+int run(const Network& net) {
+    const Kernel kernel = choose(net.level);
+    if (net.packing) {
+        for (const Layer* layer = net.layer; layer != net.layer + net.layers; ++layer)
+            for (int64_t member = 0; member < net.members; ++member) kernel.pack(*layer, member);
+        return 0;
+    }
+    const bool done = share_out(static_cast<size_t>(net.members * net.parts), net.threads, [&](size_t i) {
+        const int64_t member = static_cast<int64_t>(i) / net.parts, part = static_cast<int64_t>(i) % net.parts;
+        take_step(net, member, net.envs * part / net.parts, net.envs * (part + 1) / net.parts, kernel);
+    });
+    return done ? 0 : 1;
 }
 
 }  // namespace
@@ -258,6 +325,18 @@ EXPORTED int64_t hardy_lstm_version() { return 1; }
 EXPORTED int hardy_lstm(const Problem* problem) {
     try {
         return run(*problem);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// As above, for `Layer` and `Network`.
+EXPORTED int64_t hardy_policy_step_version() { return 1; }
+
+// Packs the weights or takes a step. Returns 0, or 1 if memory ran out.
+EXPORTED int hardy_policy_step(const Network* network) {
+    try {
+        return run(*network);
     } catch (const std::bad_alloc&) {
         return 1;
     }

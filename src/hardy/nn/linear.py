@@ -70,7 +70,7 @@ class StackedMLP(nn.Module):
         super().__init__()
         widths = [input_size, *sizes]
         self.output_size = widths[-1]
-        self.activation = ACTIVATIONS[activation]
+        self.activation: Activation = activation
         self.linears = nn.ModuleList(StackedLinear(i, o, generators) for i, o in zip(widths, sizes, strict=False))
         self.norms = nn.ModuleList(StackedLayerNorm(size, len(generators)) for size in sizes if layer_norm)
 
@@ -81,5 +81,5 @@ class StackedMLP(nn.Module):
             outputs = linear(outputs)
             if self.norms:
                 outputs = self.norms[index](outputs)
-            outputs = self.activation(outputs)
+            outputs = ACTIVATIONS[self.activation](outputs)
         return outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
@@ -90,11 +90,19 @@ class RunningMoments:
         Returns:
             the shape of ``x``, in its dtype if that is floating, else in the default dtype.
         """
+        return self.frozen(clip, epsilon)(x)
+
+    def frozen(self, clip: float, epsilon: float = 1e-8) -> Callable[[Tensor], Tensor]:
+        """`normalize` by the statistics of this moment, prepared for many calls; later updates do not reach it."""
         size, *shape = self.mean.shape
-        view = (size, *([1] * (x.ndim - self.mean.ndim)), *shape)
-        inverse = (self.var + epsilon).rsqrt().view(view)
-        normalized = ((x - self.mean.view(view)) * inverse).clamp(-clip, clip)
-        return normalized.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+        mean, inverse = self.mean.clone(), (self.var + epsilon).rsqrt()
+
+        def normalize(x: Shaped[Tensor, "P ..."]) -> Float[Tensor, "P ..."]:
+            view = (size, *([1] * (x.ndim - mean.ndim)), *shape)
+            normalized = ((x - mean.view(view)) * inverse.view(view)).clamp_(-clip, clip)
+            return normalized.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
+
+        return normalize
 
 
 @training_state

@@ -1,0 +1,167 @@
+"""One time step of a policy (linear layers and LSTM cells) in the compiled library, for float32 on the CPU, without gradients.
+
+A rollout takes many small steps with the same weights: they are packed once, and a step is one call instead of some thirty.
+PyTorch's operations give the same results to rounding (see `hardy.nn.compiled` for where the library comes from).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.nn.linear import StackedLinear, StackedMLP
+from hardy.nn.recurrent import StackedRecurrent
+
+VERSION = 1
+"""Of `_Layer` and `_Network`; a library built from sources of another version is not used."""
+KINDS = {kind: number for number, kind in enumerate(("linear", "tanh", "relu", "elu", "silu", "lstm"))}
+OBSERVATION = -1
+"""Stands for the layer below the first."""
+SMALLEST_PART = 2_000_000
+"""Multiplications of a step below which they are not worth a thread (measured)."""
+WIDEST = 64
+"""Places of a panel, at most; the last panel of a layer may be nearly empty."""
+
+
+class _Layer(ctypes.Structure):
+    """Mirrors `Layer` in `_recurrence.cpp`, which explains the fields."""
+
+    _sizes = "kind inputs outputs source hidden_at cell_at panel_stride"
+    _tensors = "weight bias weight_hh bias_hh panels output"
+    _fields_ = [*((name, ctypes.c_int64) for name in _sizes.split()), *((name, ctypes.c_void_p) for name in _tensors.split())]
+
+
+class _Network(ctypes.Structure):
+    """Mirrors `Network` in `_recurrence.cpp`, which explains the fields."""
+
+    _sizes = "members envs state_size layers parts threads level packing"
+    _tensors = "layer obs is_first state next_state"
+    _fields_ = [*((name, ctypes.c_int64) for name in _sizes.split()), *((name, ctypes.c_void_p) for name in _tensors.split())]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    return load(Path(__file__).parent, "_recurrence", "hardy_policy_step", VERSION)
+
+
+def available() -> bool:
+    """Whether the compiled library is there, fits this version and is not switched off."""
+    return switched_on() and _library() is not None
+
+
+class CompiledStep:
+    """Layers in the order of computation, added one by one, then called with the weights they had when `pack` was called.
+
+    Args:
+        members, envs: P and E of every call.
+        state_size: S, numbers of one environment's recurrent state.
+        threads: at most that many; they do not change the results.
+
+    Attributes:
+        level: the newest instruction set to use, 0 for what every CPU has; newer ones are used only where they exist.
+    """
+
+    level: ClassVar[int] = NEWEST_INSTRUCTIONS
+
+    def __init__(self, members: int, envs: int, state_size: int, threads: int) -> None:
+        self.members, self.envs, self.state_size = members, envs, state_size
+        self.threads = threads
+        self._layers: list[_Layer] = []
+        self._held: list[Tensor] = []
+        """What the layers' addresses point at."""
+        self._outputs: list[Tensor] = []
+        self._results: list[Tensor] = []
+
+    def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
+        """A linear layer on the output of the layer ``source``; returns its own number."""
+        return self._add(activation, source, [linear.weight, linear.bias])
+
+    def add_mlp(self, source: int, mlp: StackedMLP) -> int:
+        """All layers of a multilayer perceptron without layer norm; returns the number of the last (``source`` without any)."""
+        for linear in mlp.linears:
+            assert isinstance(linear, StackedLinear)
+            source = self.add_linear(source, linear, mlp.activation)
+        return source
+
+    def add_lstm(self, source: int, memory: StackedRecurrent, state_at: int) -> int:
+        """The cells of an LSTM whose state begins at ``state_at``; returns the number of the last."""
+        for layer in range(memory.layers):
+            weight_ih, weight_hh, bias_ih, bias_hh = memory.layer_weights(layer)
+            hidden_at, cell_at = (state_at + vector * memory.hidden_size for vector in (layer, memory.layers + layer))
+            source = self._add("lstm", source, [weight_ih, bias_ih, weight_hh, bias_hh], hidden_at, cell_at)
+        return source
+
+    def _add(self, kind: str, source: int, weights: list[Tensor], hidden_at: int = 0, cell_at: int = 0) -> int:
+        held = [weight.detach().contiguous() for weight in weights]
+        rows, inputs = held[0].shape[1:]
+        outputs = rows // 4 if kind == "lstm" else rows
+        lines = 1 + inputs + (outputs if kind == "lstm" else 0)
+        stride = -(-(rows + WIDEST) * lines // WIDEST) * WIDEST
+        panels = held[0].new_zeros(self.members, stride)
+        output = held[0].new_empty(self.members, self.envs, 0 if kind == "lstm" else outputs)
+        layer = _Layer(KINDS[kind], inputs, outputs, source, hidden_at, cell_at, stride)
+        names = ("weight", "bias", "weight_hh", "bias_hh", "panels", "output")
+        for name, tensor in zip(names, [*held, *([None] * (4 - len(held))), panels, output], strict=True):
+            setattr(layer, name, None if tensor is None else tensor.data_ptr())
+        self._layers.append(layer)
+        self._held += [*held, panels]
+        self._outputs.append(output)
+        return len(self._layers) - 1
+
+    def pack(self, actor: int, critic: int) -> CompiledStep:
+        """Take the weights as they are now, for steps that return the outputs of these two linear layers."""
+        work = self.envs * sum(layer.panel_stride for layer in self._layers)
+        parts = min(self.envs, math.ceil(self.threads / self.members))
+        useful = max(1, min(self.threads, self.members * work // SMALLEST_PART))
+        self._array = (_Layer * len(self._layers))(*self._layers)
+        self._network = _Network(
+            *(self.members, self.envs, self.state_size, len(self._layers), parts, useful, self.level, 1),
+            layer=ctypes.addressof(self._array),
+        )
+        self._run()
+        self._network.packing = 0
+        self._results = [self._outputs[actor], self._outputs[critic]]
+        rows = (self.members, self.envs)
+        self._shapes = ((*rows, self._layers[0].inputs), (*rows, self.state_size), rows)
+        return self
+
+    def _run(self) -> None:
+        library = _library()
+        assert library is not None
+        if library.hardy_policy_step(ctypes.byref(self._network)):
+            raise MemoryError(
+                f"a step of {self.members} members with {self.envs} environments finds no memory for its working space"
+            )
+
+    def __call__(
+        self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
+    ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E Q"], Float[Tensor, "P E S"]]:
+        """The actor's outputs, the critic's, and the state after this step, the state reset first where ``is_first``.
+
+        Raises:
+            ValueError: a tensor has another shape or type than the weights want.
+        """
+        # The library follows bare addresses: what would be an error in PyTorch would be somebody else's memory here.
+        shapes = (obs.shape, state.shape, is_first.shape)
+        dtypes = (obs.dtype, state.dtype, is_first.dtype)
+        if shapes != self._shapes or dtypes != (torch.float32, torch.float32, torch.bool):
+            raise ValueError(
+                f"obs, state and is_first of shapes {[tuple(shape) for shape in shapes]} and types {dtypes}: "
+                f"{list(self._shapes)}, float32 and bool are needed"
+            )
+        obs, state, is_first = obs.contiguous(), state.contiguous(), is_first.contiguous()
+        following = torch.empty_like(state)
+        network = self._network
+        network.obs, network.is_first = obs.data_ptr(), is_first.data_ptr()
+        network.state, network.next_state = state.data_ptr(), following.data_ptr()
+        self._run()
+        actor, critic = self._results
+        return actor.clone(), critic.clone(), following

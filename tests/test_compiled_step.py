@@ -1,0 +1,218 @@
+"""The compiled step of a policy against PyTorch's operations: every instruction set, odd sizes, any number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from small_runs import shake_, tiny, trainer
+
+from hardy.nn import compiled_step
+from hardy.parallel import set_threads
+from hardy.policy import ActorCritic, CriticSettings, PolicySettings
+from hardy.rollout import collect
+
+P, E, O = 3, 7, 5  # noqa: E741
+LEVELS = (0, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def everything_in_parts(monkeypatch):
+    monkeypatch.delenv("HARDY_COMPILED", raising=False)
+    monkeypatch.setattr(compiled_step, "SMALLEST_PART", 1)
+    yield
+    set_threads(1)
+
+
+def policy_of(members=P, quantiles=3, **settings):
+    space = Box(-1, 1, (O,))
+    given = {"memory_size": 11, "encoder": (13,), **settings}
+    policy = ActorCritic(space, Discrete(2), PolicySettings(**given), CriticSettings(quantiles=quantiles), range(members))
+    shake_(policy)
+    return policy
+
+
+def draw(policy, members=P, envs=E):
+    return (
+        torch.randn(members, envs, O),
+        torch.randn(members, envs, policy.state_size),
+        torch.rand(members, envs) < 0.3,
+    )
+
+
+UNSUPPORTED = [{"memory": "gru"}, {"layer_norm": True}]
+
+
+@pytest.mark.parametrize("settings", UNSUPPORTED)
+def test_what_it_cannot_do_is_left_to_pytorch(settings):
+    policy = policy_of(**settings)
+    assert policy.stepper(P, E) == policy.step_outputs
+
+
+def test_it_is_for_float32_and_can_be_switched_off(monkeypatch):
+    policy = policy_of()
+    assert isinstance(policy.stepper(P, E), compiled_step.CompiledStep) == compiled_step.available()
+    assert policy_of().double().stepper(P, E).__name__ == "step_outputs"
+    monkeypatch.setenv("HARDY_COMPILED", "0")
+    assert not compiled_step.available()
+    assert policy.stepper(P, E) == policy.step_outputs
+
+
+if compiled_step.available():
+
+    @pytest.mark.parametrize("level", LEVELS)
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"quantiles": 1},
+            {"memory": "none", "encoder": ()},
+            {"memory": "none", "head": (3, 19), "activation": "relu"},
+            {"encoder": (), "memory_size": 1, "activation": "silu"},
+            {"memory_layers": 2, "encoder": (17, 65), "activation": "elu", "head": (5,)},
+            {"shared_memory": False, "memory_layers": 2, "memory_size": 33, "activation": "silu", "head": (9,)},
+            {"shared_memory": False, "memory": "none", "quantiles": 67},
+            {"memory_size": 128, "encoder": (128,), "quantiles": 1},
+        ],
+        ids=str,
+    )
+    def test_steps_equal_those_of_pytorch(level, settings, monkeypatch):
+        monkeypatch.setattr(compiled_step.CompiledStep, "level", level)
+        policy = policy_of(**settings)
+        step = policy.stepper(P, E)
+        obs, state, is_first = draw(policy)
+        for _ in range(3):
+            found = step(obs, state, is_first)
+            with torch.no_grad():
+                wanted = policy.step_outputs(obs, state, is_first)
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+            state, (obs, _, is_first) = wanted[2], draw(policy)
+
+    def test_a_later_step_leaves_the_results_of_an_earlier_one_alone():
+        policy = policy_of()
+        step = policy.stepper(P, E)
+        first = step(*draw(policy))
+        kept = [tensor.clone() for tensor in first]
+        others = step(*draw(policy))
+        for tensor, copy, other in zip(first, kept, others, strict=True):
+            assert torch.equal(tensor, copy)
+            assert not torch.equal(tensor, other)
+
+    def test_weights_are_those_of_the_moment_it_was_made():
+        policy = policy_of()
+        arguments = draw(policy)
+        step = policy.stepper(P, E)
+        before = step(*arguments)
+        shake_(policy)
+        assert all(torch.equal(one, other) for one, other in zip(step(*arguments), before, strict=True))
+        assert not torch.equal(policy.stepper(P, E)(*arguments)[1], before[1])
+
+    @pytest.mark.parametrize("members", [1, 2, P])
+    def test_threads_and_the_number_of_environments_do_not_change_the_values(members):
+        policy = policy_of(members)
+        obs, state, is_first = draw(policy, members)
+        wanted = policy.stepper(members, E)(obs, state, is_first)
+        for threads in (2, 3, 17):
+            set_threads(threads)
+            found = policy.stepper(members, E)(obs, state, is_first)
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        alone = policy.stepper(members, 1)
+        for env in range(E):
+            found = alone(obs[:, env : env + 1], state[:, env : env + 1], is_first[:, env : env + 1])
+            assert all(torch.equal(one[:, 0], other[:, env]) for one, other in zip(found, wanted, strict=True))
+
+    def test_several_callers_at_once_get_their_own_values():
+        set_threads(2)
+        policy = policy_of()
+        cases = [(policy.stepper(P, E), draw(policy)) for _ in range(4)]
+        wanted = [step(*arguments) for step, arguments in cases]
+
+        def repeat(index):
+            step, arguments = cases[index]
+            return all(
+                torch.equal(one, other) for _ in range(200) for one, other in zip(step(*arguments), wanted[index], strict=True)
+            )
+
+        with ThreadPoolExecutor(4) as executor:
+            assert all(executor.map(repeat, range(4)))
+
+    def test_a_forked_process_finds_helpers_of_its_own():
+        script = """
+import os, signal, sys, torch
+sys.path.insert(0, "tests")
+import test_compiled_step as here
+from hardy.nn import compiled_step
+compiled_step.SMALLEST_PART = 1
+here.set_threads(2)
+policy = here.policy_of()
+step, arguments = policy.stepper(here.P, here.E), here.draw(policy)
+wanted = step(*arguments)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # helpers that are not there would be waited for without end
+    os._exit(not all(torch.equal(one, other) for one, other in zip(step(*arguments), wanted)))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
+"""
+        root = Path(__file__).parents[1]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_nan_stays_in_its_row_and_ends_with_a_reset(level, monkeypatch):
+        monkeypatch.setattr(compiled_step.CompiledStep, "level", level)
+        policy = policy_of(activation="relu", head=(13,))
+        step = policy.stepper(P, E)
+        obs, state, is_first = draw(policy)
+        clean = step(obs, state, torch.zeros_like(is_first))
+        spoiled = obs.clone()
+        spoiled[1, 4, 2] = torch.nan
+        outputs = step(spoiled, state, torch.zeros_like(is_first))
+        for found, wanted in zip(outputs, clean, strict=True):
+            assert found[1, 4].isnan().all()
+            found[1, 4] = wanted[1, 4]
+            assert torch.equal(found, wanted)
+        state[2, 3] = torch.nan
+        is_first.zero_()[2, 3] = True
+        assert all(found.isfinite().all() for found in step(obs, state, is_first))
+
+    @pytest.mark.parametrize("wrong", ["envs", "state", "is_first", "dtype"])
+    def test_what_does_not_fit_is_refused(wrong):
+        policy = policy_of()
+        obs, state, is_first = draw(policy)
+        obs = obs[:, 1:] if wrong == "envs" else obs.double() if wrong == "dtype" else obs
+        state = state[..., 1:] if wrong == "state" else state
+        is_first = is_first[1:] if wrong == "is_first" else is_first
+        # Without the tests' own check of shapes, which users do not have.
+        with pytest.raises(ValueError, match="are needed"):
+            compiled_step.CompiledStep.__call__.__wrapped__(policy.stepper(P, E), obs, state, is_first)
+
+    def test_tensors_in_any_memory_order():
+        policy = policy_of()
+        step = policy.stepper(P, E)
+        arguments = draw(policy)
+        strided = [tensor.mT.contiguous().mT for tensor in arguments]
+        assert not any(tensor.is_contiguous() for tensor in strided)
+        assert all(torch.equal(one, other) for one, other in zip(step(*strided), step(*arguments), strict=True))
+
+    def rollout(compiled, monkeypatch, env):
+        monkeypatch.setenv("HARDY_COMPILED", str(int(compiled)))
+        run = trainer(tiny(env={"id": env}), seeds=(3, 4), dtype=torch.float32)
+        collector, generators = run.state.collector, run.state.generators["action"]
+        return run, collect(run.env, run.policy, collector, run.frozen_normalizer(), generators, 11)
+
+    @pytest.mark.parametrize("env", ["CartPoleNoVel-v1", "PendulumNoVel-v1"])
+    def test_a_rollout_is_that_of_pytorch_and_what_training_sees(env, monkeypatch):
+        _, wanted = rollout(False, monkeypatch, env)
+        run, found = rollout(True, monkeypatch, env)
+        for name, value in vars(wanted).items():
+            torch.testing.assert_close(getattr(found, name), value, atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            log_prob = run.policy(found.obs, found.initial_state, found.is_first)[0].log_prob(found.action)
+        assert ((log_prob - found.log_prob).exp() - 1).abs().max() < 1e-5
