@@ -17,6 +17,8 @@ from hardy.config import Settings
 from hardy.nn.distributions import ActionDistribution, action_noise, distribution_head_size, make_distribution
 from hardy.nn.linear import Activation, StackedLinear, StackedMLP
 from hardy.nn.recurrent import StackedRecurrent
+from hardy.ops.categorical import FIRST_SUPPORT
+from hardy.ops.critic import Critic, CriticSettings
 from hardy.population import MemberGenerators
 
 ACTION_GAIN = 0.01
@@ -39,14 +41,6 @@ class PolicySettings(Settings):
     layer_norm: bool = False
     log_std_init: float = 0.0
     """Start of the logarithm of the standard deviation of continuous actions."""
-
-
-class CriticSettings(Settings):
-    """The distributional value head (QR-DQN, Dabney et al. 2018, applied to the state value)."""
-
-    quantiles: int = Field(32, ge=1)
-    huber_threshold: float = Field(1.0, ge=0)
-    """kappa of the quantile Huber loss, in units of the scaled return; 0 is the plain quantile loss."""
 
 
 class Trunk(nn.Module):
@@ -78,6 +72,8 @@ class Trunk(nn.Module):
 
 class Branch(nn.Module):
     """Actor or critic: a trunk of its own unless it is shared, hidden layers, the output layer."""
+
+    twin: Branch
 
     def __init__(
         self, trunk: Trunk | None, input_size: int, output_size: int, gain: float, settings: PolicySettings,
@@ -126,7 +122,13 @@ class ActorCritic(nn.Module):
         features = trunks[0].output_size
         actions = distribution_head_size(action_space)
         self.actor = Branch(own[0], features, actions, ACTION_GAIN, settings, generators)
-        self.critic = Branch(own[1], features, critic.quantiles, 1.0, settings, generators)
+        self.critic = Branch(own[1], features, Critic.head_size(critic), 1.0, settings, generators)
+        if critic.twin:  # a head of its own, drawn after everything else: the other weights stay those of a single critic
+            self.critic.twin = Branch(None, features, Critic.head_size(critic), 1.0, settings, generators)
+        if critic.kind == "categorical":  # beside the weights, so that whatever copies or saves those takes it along
+            support = torch.tensor(FIRST_SUPPORT).repeat(len(seeds), 1)
+            self.critic.support = nn.Parameter(support, requires_grad=False)
+        self.values = Critic(critic, getattr(self.critic, "support", None))
         if isinstance(action_space, gymnasium.spaces.Box):
             self.actor.log_std = nn.Parameter(torch.full((len(seeds), actions), settings.log_std_init))
 
@@ -136,11 +138,11 @@ class ActorCritic(nn.Module):
 
     def step(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
-    ) -> tuple[ActionDistribution, Float[Tensor, "P E Q"], Float[Tensor, "P E S"]]:
+    ) -> tuple[ActionDistribution, Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
         """One time step, the state reset first where ``is_first``.
 
         Returns:
-            The action distribution, the quantiles of the return, and the state after this step.
+            The action distribution, the critics' outputs (which `values` reads), and the state after this step.
         """
         state = state.masked_fill(is_first.unsqueeze(-1), 0.0)
         if self.core is not None:
@@ -151,14 +153,14 @@ class ActorCritic(nn.Module):
             actor_features, actor_state = self._own_trunks[0].step(obs, actor_state)
             critic_features, critic_state = self._own_trunks[1].step(obs, critic_state)
             state = torch.cat([actor_state, critic_state], dim=-1)
-        return self._distribution(self.actor(actor_features)), self.critic(critic_features), state
+        return self._distribution(self.actor(actor_features)), self._critics(critic_features), state
 
     def forward(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
-    ) -> tuple[ActionDistribution, Float[Tensor, "P T E Q"]]:
-        """Whole sequences from a stored state: the action distributions and the quantiles of the return."""
+    ) -> tuple[ActionDistribution, Float[Tensor, "P T E K"]]:
+        """Whole sequences from a stored state: the action distributions and the critics' outputs (which `values` reads)."""
         actor_features, critic_features = self.features(obs, state, is_first)
-        return self._distribution(self.actor(actor_features)), self.critic(critic_features)
+        return self._distribution(self.actor(actor_features)), self._critics(critic_features)
 
     def features(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
@@ -170,6 +172,10 @@ class ActorCritic(nn.Module):
         actor_state, critic_state = state.split(self.state_sizes, dim=-1)
         actor, critic = self._own_trunks
         return actor(obs, actor_state, is_first), critic(obs, critic_state, is_first)
+
+    def _critics(self, features: Tensor) -> Tensor:
+        outputs: Tensor = self.critic(features)
+        return torch.cat([outputs, self.critic.twin(features)], dim=-1) if self.values.heads == 2 else outputs
 
     def _distribution(self, outputs: Tensor) -> ActionDistribution:
         log_std = getattr(self.actor, "log_std", None)

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from hardy.config import Settings, tunable
+from hardy.ops.categorical import follow_
 from hardy.ops.policy_loss import approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
-from hardy.ops.quantiles import quantile_huber_loss
 from hardy.ops.returns import gae
 from hardy.ops.schedules import ScheduleKind, schedule_factor
 from hardy.optim import OptimizerState, PopulationOptimizer
@@ -59,6 +59,10 @@ class Batch:
     log_prob: Float[Tensor, "P T E"]
     advantage: Float[Tensor, "P T E"]
     returns: Float[Tensor, "P T E"]
+    targets: Float[Tensor, "P T E G"]
+    """G samples of the return, which the critics are trained on; ``returns`` itself where G is 1."""
+    critic: Float[Tensor, "P T E K"]
+    """The critics' outputs when the data were collected."""
     valid: Bool[Tensor, "P T E"]
 
     def environments(self, chosen: Tensor | slice) -> Batch:
@@ -89,30 +93,32 @@ def make_batch(rollout: Rollout, hyper: Hyper, *, normalize: bool) -> Batch:
         log_prob=rollout.log_prob,
         advantage=advantage,
         returns=returns,
+        targets=returns.unsqueeze(-1),
+        critic=rollout.critic,
         valid=rollout.valid,
     )
 
 
 def loss(
-    policy: ActorCritic, batch: Batch, hyper: Hyper, steps: Float[Tensor, "P"], huber_threshold: float
+    policy: ActorCritic, batch: Batch, hyper: Hyper, steps: Float[Tensor, "P"]
 ) -> tuple[Float[Tensor, "P"], dict[str, Float[Tensor, "P"]]]:
     """PPO's loss of each member, and its parts.
 
-    ``−min(r A, clip(r) A) + vf_coef · quantile Huber loss − ent_coef · entropy`` (Schulman et al. 2017, eq. 9), averaged over
-    valid steps only.
+    ``−min(r A, clip(r) A) + vf_coef · critic's loss − ent_coef · entropy`` (Schulman et al. 2017, eq. 9), averaged over valid
+    steps only.
 
     Args:
         steps: number of valid steps each member's sums are divided by: those of the whole minibatch, of which ``batch`` may be
             a part, so that the losses of the parts add up to that of the whole.
     """
-    distribution, quantiles = policy(batch.obs, batch.initial_state, batch.is_first)
+    distribution, critic = policy(batch.obs, batch.initial_state, batch.is_first)
     log_prob = distribution.log_prob(batch.action)
 
     def average(value: Tensor) -> Tensor:
         return member_sum(value, batch.valid) / steps
 
     policy_loss = average(clipped_surrogate(log_prob, batch.log_prob, batch.advantage, hyper["ppo.clip_range"]))
-    value_loss = average(quantile_huber_loss(quantiles, batch.returns, huber_threshold))
+    value_loss = average(policy.values.loss(critic, batch.targets, batch.critic, hyper["critic.value_clip"]))
     entropy = average(distribution.entropy())
     total = policy_loss + hyper["ppo.vf_coef"] * value_loss - hyper["ppo.ent_coef"] * entropy
     with torch.no_grad():
@@ -150,14 +156,12 @@ class PPO:
         policy: ActorCritic,
         optimizer: PopulationOptimizer,
         settings: PPOSettings,
-        huber_threshold: float,
         microbatches: int,
     ) -> None:
         self.policy = policy
-        self.parameters = dict(policy.named_parameters())
+        self.parameters = {name: value for name, value in policy.named_parameters() if value.requires_grad}
         self.optimizer = optimizer
         self.settings = settings
-        self.huber_threshold = huber_threshold
         self.microbatches = microbatches
 
     def update(
@@ -190,6 +194,8 @@ class PPO:
                 totals.skipped += (running & ~finite).to(totals.skipped.dtype)
             if not running.any():
                 break
+        if self.policy.values.support is not None:
+            follow_(self.policy.values.support, whole.targets, whole.valid)
         return {
             **totals.mean(),
             "train/skipped_updates": totals.skipped,
@@ -210,7 +216,7 @@ class PPO:
         gradients: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for part in parts:
-            total, measured = loss(self.policy, part, hyper, steps, self.huber_threshold)
+            total, measured = loss(self.policy, part, hyper, steps)
             # Summed over P: a mean would divide every member's gradient by the size of the population.
             found = torch.autograd.grad(total.sum(), list(self.parameters.values()))
             part_gradients = dict(zip(self.parameters, found, strict=True))

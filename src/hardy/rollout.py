@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hardy.envs import BatchedEnv, EnvStep
-from hardy.ops.quantiles import expected_value
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators, kept, reset_to, training_state
 
@@ -52,6 +51,7 @@ class Rollout:
     ``obs``, ``is_first``, ``action``, ``log_prob`` and ``value`` belong to the observation at ``t``; ``reward``,
     ``terminated``, ``truncated``, ``valid`` and ``next_value`` to the transition out of ``t``. ``next_value`` is the value of
     the state that the action led to: at a truncation, of the episode's final observation, with the memory of that episode.
+    ``critic`` and ``next_critic`` are the critics' outputs behind the two values.
     """
 
     raw_obs: Float[Tensor, "P T E O"]
@@ -66,6 +66,8 @@ class Rollout:
     truncated: Bool[Tensor, "P T E"]
     valid: Bool[Tensor, "P T E"]
     initial_state: Float[Tensor, "P E S"]
+    critic: Float[Tensor, "P T E K"]
+    next_critic: Float[Tensor, "P T E K"]
 
 
 def start(env: BatchedEnv, policy: ActorCritic, members: int) -> CollectorState:
@@ -111,34 +113,36 @@ def collect(
     members, envs, _ = state.obs.shape
     action_noise = policy.draw_noise(noise, steps, envs)
     initial_state = state.recurrent.clone()
-    final_value = state.obs.new_zeros(members, steps, envs)
+    final_critic: dict[int, Tensor] = {}
     recurrent = state.recurrent
     acted: list[tuple[Tensor, ...]] = []
     outcomes: list[EnvStep] = []
     for t in range(steps):
-        distribution, quantiles, recurrent = policy.step(normalize(state.obs), recurrent, state.is_first)
+        distribution, critic, recurrent = policy.step(normalize(state.obs), recurrent, state.is_first)
         action = distribution.sample(action_noise[:, t])
-        acted.append((state.obs.clone(), state.is_first.clone(), action, distribution.log_prob(action), quantiles))
+        acted.append((state.obs.clone(), state.is_first.clone(), action, distribution.log_prob(action), critic))
         step = env.step(action.flatten(0, 1).cpu().numpy())
         outcomes.append(step)
         if step.final_obs is not None and step.truncated.any():
             final_obs = normalize(policy.flatten(step.final_obs, members))
-            final_value[:, t] = expected_value(policy.step(final_obs, recurrent, torch.zeros_like(state.is_first))[1])
+            final_critic[t] = policy.step(final_obs, recurrent, torch.zeros_like(state.is_first))[1]
         state.obs.copy_(policy.flatten(step.obs, members))
         state.is_first.copy_(torch.from_numpy(step.is_first).view(members, envs))
         _count_episodes(state, step)
     state.recurrent.copy_(recurrent)
     # An observation that was not finite would otherwise stay in the memory until its episode ends.
     reset_memory_(state, ~recurrent.isfinite().all(-1))
-    raw_obs, is_first, actions, log_prob, quantile_block = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
+    raw_obs, is_first, actions, log_prob, critic = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
     reward, terminated, truncated, valid = (
         torch.from_numpy(np.stack([getattr(step, name) for step in outcomes])).view(steps, members, envs).transpose(0, 1)
         for name in ("reward", "terminated", "truncated", "valid")
     )
-    value = expected_value(quantile_block)
-    last_value = expected_value(policy.step(normalize(state.obs), state.recurrent, state.is_first)[1])
-    following = torch.cat([value[:, 1:], last_value.unsqueeze(1)], dim=1)
+    last = policy.step(normalize(state.obs), state.recurrent, state.is_first)[1]
+    next_critic = torch.cat([critic[:, 1:], last.unsqueeze(1)], dim=1)
     truncated = truncated.to(policy.device)
+    for t, final in final_critic.items():
+        next_critic[:, t] = torch.where(truncated[:, t].unsqueeze(-1), final, next_critic[:, t])
+    value = policy.values.mean(critic)
     return Rollout(
         raw_obs=raw_obs,
         obs=normalize(raw_obs),
@@ -146,12 +150,14 @@ def collect(
         action=actions,
         log_prob=log_prob,
         value=value,
-        next_value=torch.where(truncated, final_value, following),
+        next_value=policy.values.mean(next_critic),
         reward=reward.to(value),
         terminated=terminated.to(policy.device),
         truncated=truncated,
         valid=valid.to(policy.device),
         initial_state=initial_state,
+        critic=critic,
+        next_critic=next_critic,
     )
 
 

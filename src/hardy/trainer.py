@@ -21,9 +21,10 @@ from hardy.config import Settings, tunables
 from hardy.envs import BatchedEnv, Drift, EnvSettings, make
 from hardy.nn.normalizer import NormalizerSettings, ReturnNormalizer, RunningMoments
 from hardy.nn.parallel import available_cores, set_threads
+from hardy.ops.critic import CriticSettings
 from hardy.ops.plasticity import dormant_fraction, effective_rank
 from hardy.optim import OptimizerSettings, OptimizerState, PopulationOptimizer, VGSSettings
-from hardy.policy import ActorCritic, CriticSettings, PolicySettings, describe_space
+from hardy.policy import ActorCritic, PolicySettings, describe_space
 from hardy.population import MemberGenerators, copied, expand, kept, member_norm, nested, stream_seed, training_state
 from hardy.ppo import PPO, PPOSettings, scheduled
 from hardy.rollout import CollectorState, Rollout, collect, evaluate, restart_, running_scores, start
@@ -150,12 +151,13 @@ class Trainer:
             self.env.observation_space, self.env.action_space, settings.policy, settings.critic, self.seeds
         ).to(device=settings.device, dtype=dtype)
         parameters = {name: parameter.data for name, parameter in self.policy.named_parameters()}
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        trained = {name: parameters[name] for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+        shapes = {name: parameter.shape for name, parameter in trained.items()}
         optimizer = PopulationOptimizer(shapes, settings.optimizer, settings.vgs)
         collector = start(self.env, self.policy, members)
         self.state = TrainingState(
             parameters=parameters,
-            optimizer=optimizer.init(parameters),
+            optimizer=optimizer.init(trained),
             hyper={
                 name: expand(value, members, dtype=dtype, device=settings.device) for name, value in tunables(settings).items()
             },
@@ -165,7 +167,7 @@ class Trainer:
             timesteps=torch.zeros(members, dtype=torch.int64),
             generators={name: MemberGenerators(self.seeds, name) for name in ("action", "shuffle", "noise")},
         )
-        self.ppo = PPO(self.policy, optimizer, settings.ppo, settings.critic.huber_threshold, settings.microbatches)
+        self.ppo = PPO(self.policy, optimizer, settings.ppo, settings.microbatches)
 
     @property
     def timesteps(self) -> int:
@@ -241,7 +243,7 @@ class Trainer:
             # Each trunk against its own mean response; the trunks have equally many units.
             "plasticity/dormant_fraction": torch.stack([dormant_fraction(layer) for layer in layers]).mean(0),
             "plasticity/effective_rank": effective_rank(torch.cat(layers, dim=-1)),
-            "plasticity/weight_norm": member_norm(list(self.state.parameters.values())),
+            "plasticity/weight_norm": member_norm(list(self.ppo.parameters.values())),
         }
 
     def evaluate(
