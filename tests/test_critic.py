@@ -134,7 +134,7 @@ def test_each_member_projects_on_its_own_support() -> None:
 
 def test_the_support_grows_at_once_shrinks_slowly_and_ignores_what_does_not_count() -> None:
     support = torch.tensor([[-1.0, 1.0]] * 4)
-    targets = torch.zeros(4, 2, 3, 1)
+    targets = torch.zeros(4, 2, 3)
     targets[0, 0, 0], targets[0, 1, 2] = 9.0, -1.0
     targets[1] = torch.nan
     targets[2] = 0.5
@@ -164,8 +164,8 @@ def test_the_support_of_a_run_holds_its_returns_and_stands_still_within_an_itera
         assert all(torch.equal(value, before) for value in seen)
         assert not torch.equal(support, before)
         for p in range(2):
-            assert support[p, 0] < whole[-1].targets[p].min()
-            assert support[p, 1] > whole[-1].targets[p].max()
+            assert support[p, 0] < whole[-1].returns[p].min()
+            assert support[p, 1] > whole[-1].returns[p].max()
     assert support[:, 1].min() > 3  # rewards of 1 in episodes of 7 steps
 
 

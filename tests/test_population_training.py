@@ -128,7 +128,7 @@ RULES = {
     "collector.obs": ExploitRule.KEEP, "collector.is_first": ExploitRule.RESET, "collector.recurrent": ExploitRule.RESET,
     "collector.episode_return": ExploitRule.KEEP, "collector.episode_length": ExploitRule.KEEP,
     "collector.recent_": ExploitRule.RESET, "collector.episodes": ExploitRule.KEEP, "timesteps": ExploitRule.KEEP,
-    "generators.": ExploitRule.KEEP,
+    "generators.": ExploitRule.KEEP, "risk.": ExploitRule.COPY,
 }  # fmt: skip
 INITIAL = {"collector.is_first": 1.0, "collector.recurrent": 0.0, "reward.running_return": 0.0, "collector.recent_": torch.nan}
 

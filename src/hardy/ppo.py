@@ -14,7 +14,8 @@ from torch import Tensor
 from hardy.config import Settings, tunable
 from hardy.ops.categorical import follow_
 from hardy.ops.policy_loss import approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
-from hardy.ops.returns import gae
+from hardy.ops.returns import gae, sampled_returns
+from hardy.ops.risk import Objective
 from hardy.ops.schedules import ScheduleKind, schedule_factor
 from hardy.optim import OptimizerState, PopulationOptimizer
 from hardy.policy import ActorCritic
@@ -77,12 +78,30 @@ class Batch:
         return Batch(**{name: select(value, 1 if name == "initial_state" else 2) for name, value in fields.items()})
 
 
-def make_batch(rollout: Rollout, hyper: Hyper, *, normalize: bool) -> Batch:
-    """Advantages and returns of a rollout, normalised per member over its valid steps if ``normalize``."""
-    advantage, returns = gae(
-        rollout.reward, rollout.terminated, rollout.truncated, rollout.valid, rollout.value, rollout.next_value,
-        hyper["ppo.gamma"], hyper["ppo.gae_lambda"],
-    )  # fmt: skip
+def make_batch(
+    rollout: Rollout,
+    hyper: Hyper,
+    *,
+    normalize: bool,
+    objective: Objective | None = None,
+    draws: MemberGenerators | None = None,
+) -> Batch:
+    """Advantages and returns of a rollout, normalised per member over its valid steps if ``normalize``.
+
+    Args:
+        objective: what counts besides the mean of the return.
+        draws: generators for samples of the return; used only where the objective asks for such targets.
+    """
+    outcome = (rollout.reward, rollout.terminated, rollout.truncated, rollout.valid)
+    gamma, gae_lambda = hyper["ppo.gamma"], hyper["ppo.gae_lambda"]
+    advantage, returns = gae(*outcome, rollout.value, rollout.next_value, gamma, gae_lambda)
+    targets = returns.unsqueeze(-1)
+    if objective is not None:
+        if objective.samples_returns and draws is not None:
+            own, following = (objective.critic.samples(outputs) for outputs in (rollout.critic, rollout.next_critic))
+            uniform = draws.uniform_(torch.empty(own.shape, dtype=own.dtype)).to(own.device)
+            targets = sampled_returns(*outcome, own, following, gamma, gae_lambda, uniform)
+        advantage = objective.advantage(advantage, targets, rollout.critic, hyper)
     if normalize:
         advantage = normalize_advantage(advantage, rollout.valid)
     return Batch(
@@ -93,7 +112,7 @@ def make_batch(rollout: Rollout, hyper: Hyper, *, normalize: bool) -> Batch:
         log_prob=rollout.log_prob,
         advantage=advantage,
         returns=returns,
-        targets=returns.unsqueeze(-1),
+        targets=targets,
         critic=rollout.critic,
         valid=rollout.valid,
     )
@@ -147,6 +166,7 @@ class PPO:
     Args:
         policy: the actor-critics; its parameters are written in place.
         optimizer: of the same parameters.
+        objective: what counts besides the mean of the return.
         microbatches: parts of a minibatch whose gradients are taken one by one; more than one only for the gradient scaler's
             microbatch estimator.
     """
@@ -156,52 +176,63 @@ class PPO:
         policy: ActorCritic,
         optimizer: PopulationOptimizer,
         settings: PPOSettings,
+        objective: Objective,
         microbatches: int,
     ) -> None:
         self.policy = policy
         self.parameters = {name: value for name, value in policy.named_parameters() if value.requires_grad}
         self.optimizer = optimizer
         self.settings = settings
+        self.objective = objective
         self.microbatches = microbatches
 
     def update(
-        self, rollout: Rollout, state: OptimizerState, hyper: Hyper, shuffle: MemberGenerators, noise: MemberGenerators
+        self, rollout: Rollout, state: OptimizerState, hyper: Hyper, generators: Mapping[str, MemberGenerators]
     ) -> dict[str, Float[Tensor, "P"]]:
         """All epochs over one rollout. Writes the parameters and ``state`` in place.
 
         Args:
             hyper: hyperparameters of this moment, schedules applied (see `scheduled`).
-            shuffle: generators for the order of the environments.
-            noise: generators for the optimizer's noise.
+            generators: the members' own, for the order of the environments (``shuffle``), the optimizer's noise (``noise``)
+                and samples of the return (``target``).
 
         Returns:
             Metrics, averaged over the minibatches that each member trained on.
         """
-        whole = make_batch(rollout, hyper, normalize=self.settings.normalize_advantage)
+        normalize, draws = self.settings.normalize_advantage, generators["target"]
+        whole = make_batch(rollout, hyper, normalize=normalize, objective=self.objective, draws=draws)
         members, _, envs = whole.valid.shape
         running = whole.valid.new_ones(members)
         totals = _Averages(members, whole.obs)
         for _ in range(self.settings.n_epochs):
-            shuffled = whole.environments(shuffle.permutations(envs, running).to(whole.obs.device))
+            shuffled = whole.environments(generators["shuffle"].permutations(envs, running).to(whole.obs.device))
             for part in _split(shuffled, self.settings.n_minibatches):
                 gradients, metrics = self._gradients(part, hyper, state)
                 running = running & self._within_target(metrics["train/approx_kl"])
                 finite = _finite(gradients)
                 trained = running & finite
                 # Called with nobody to train as well: it forgets the microbatches that were observed.
-                metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, noise, trained)
+                metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, generators["noise"], trained)
                 totals.add(metrics, trained)
                 totals.skipped += (running & ~finite).to(totals.skipped.dtype)
             if not running.any():
                 break
-        if self.policy.values.support is not None:
-            follow_(self.policy.values.support, whole.targets, whole.valid)
+        self._follow_returns(rollout, hyper)
         return {
             **totals.mean(),
             "train/skipped_updates": totals.skipped,
             "train/explained_variance": explained_variance(rollout.value, whole.returns, whole.valid),
             "train/learning_rate": hyper["optimizer.lr"],
         }
+
+    def _follow_returns(self, rollout: Rollout, hyper: Hyper) -> None:
+        support = self.policy.values.support
+        if support is None:
+            return
+        outcome = (rollout.reward, rollout.terminated, rollout.truncated, rollout.valid)
+        gamma = hyper["ppo.gamma"]
+        _, returns = gae(*outcome, rollout.value, rollout.next_value, gamma, torch.ones_like(gamma))
+        follow_(support, returns, rollout.valid)
 
     def _within_target(self, kl: Float[Tensor, "P"]) -> Bool[Tensor, "P"]:
         if self.settings.target_kl is None:

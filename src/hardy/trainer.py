@@ -21,8 +21,9 @@ from hardy.config import Settings, tunables
 from hardy.envs import BatchedEnv, Drift, EnvSettings, make
 from hardy.nn.normalizer import NormalizerSettings, ReturnNormalizer, RunningMoments
 from hardy.nn.parallel import available_cores, set_threads
-from hardy.ops.critic import CriticSettings
+from hardy.ops.critic import Critic, CriticSettings
 from hardy.ops.plasticity import dormant_fraction, effective_rank
+from hardy.ops.risk import Objective, RiskSettings, RiskState
 from hardy.optim import OptimizerSettings, OptimizerState, PopulationOptimizer, VGSSettings
 from hardy.policy import ActorCritic, PolicySettings, describe_space
 from hardy.population import MemberGenerators, copied, expand, kept, member_norm, nested, stream_seed, training_state
@@ -70,6 +71,7 @@ class RunSettings(Settings):
     env: EnvSettings
     policy: PolicySettings = PolicySettings()
     critic: CriticSettings = CriticSettings()
+    risk: RiskSettings = RiskSettings()
     ppo: PPOSettings = PPOSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     vgs: VGSSettings = VGSSettings()
@@ -95,6 +97,11 @@ class RunSettings(Settings):
                 f"vgs.estimator = 'microbatch': env.num_envs = {self.env.num_envs} must be a multiple of ppo.n_minibatches * "
                 f"vgs.microbatches = {self.ppo.n_minibatches * self.microbatches}, since unequal parts would count as noise"
             )
+        if self.risk.used and Critic.head_size(self.critic) == 1:
+            raise ValueError(
+                f"risk.weight = {self.risk.weight}, risk.cvar_limit = {self.risk.cvar_limit}: risk needs a distribution, but "
+                f"critic.kind = '{self.critic.kind}' predicts a single number here; use several quantiles or atoms"
+            )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device = 'cuda': this machine has no CUDA device that PyTorch can use; allowed is 'cpu'")
         return self
@@ -115,6 +122,7 @@ class TrainingState:
     """Every tunable number by its dotted path, ``[P]`` each."""
     observation: RunningMoments = nested()
     reward: ReturnNormalizer = nested()
+    risk: RiskState = nested()
     collector: CollectorState = nested()
     timesteps: Tensor = kept()
     """``[P]`` environment steps taken."""
@@ -163,11 +171,13 @@ class Trainer:
             },
             observation=RunningMoments.create(members, (self.policy.observation_size,), settings.device),
             reward=ReturnNormalizer.create(members, collector.is_first.shape[1], settings.device),
+            risk=RiskState(torch.zeros(members, dtype=dtype, device=settings.device)),
             collector=collector,
             timesteps=torch.zeros(members, dtype=torch.int64),
-            generators={name: MemberGenerators(self.seeds, name) for name in ("action", "shuffle", "noise")},
+            generators={name: MemberGenerators(self.seeds, name) for name in ("action", "shuffle", "noise", "target")},
         )
-        self.ppo = PPO(self.policy, optimizer, settings.ppo, settings.microbatches)
+        objective = Objective(self.policy.values, settings.risk, self.state.risk)
+        self.ppo = PPO(self.policy, optimizer, settings.ppo, objective, settings.microbatches)
 
     @property
     def timesteps(self) -> int:
@@ -207,9 +217,8 @@ class Trainer:
         )
         hyper = scheduled(state.hyper, self.settings.ppo, self.timesteps / total_timesteps)
         trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
-        metrics: Metrics = dict(
-            self.ppo.update(trained_on, state.optimizer, hyper, state.generators["shuffle"], state.generators["noise"])
-        )
+        metrics: Metrics = dict(self._risk(trained_on, hyper))
+        metrics |= self.ppo.update(trained_on, state.optimizer, hyper, state.generators)
         if self.iteration % PLASTICITY_EVERY == 0:
             metrics |= self._plasticity(rollout)
         if self.settings.normalizer.observation:
@@ -230,6 +239,14 @@ class Trainer:
         self.state.reward.update_(rollout.reward, rollout.terminated | rollout.truncated, rollout.valid, gamma)
         scaled = self.state.reward.scale(rollout.reward, settings.clip_reward, settings.epsilon)
         return dataclasses.replace(rollout, reward=scaled)
+
+    def _risk(self, rollout: Rollout, hyper: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """CVaR from the starts of episodes in the units of the reward, and the step of the multipliers that follows from it."""
+        objective, epsilon = self.ppo.objective, self.settings.normalizer.epsilon
+        cvar = objective.cvar(rollout.critic, rollout.is_first & rollout.valid, hyper)
+        # Without scaling, the statistics stay where they began: at 1.
+        deviation = self.state.reward.deviation(epsilon).to(cvar.dtype)
+        return objective.adapt_(self.state.reward.unscale(cvar, epsilon), deviation, hyper)
 
     @torch.no_grad()
     def _plasticity(self, rollout: Rollout) -> Metrics:

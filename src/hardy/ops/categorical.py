@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hardy.population import member_sum
-
 FIRST_SUPPORT = (-1.0, 1.0)
 """Before any return was seen; scaled returns are of this order."""
 MARGIN = 0.1
@@ -52,19 +50,20 @@ def project(
 
 
 @torch.no_grad()
-def follow_(support: Float[Tensor, "P 2"], targets: Float[Tensor, "P T E K"], valid: Bool[Tensor, "P T E"]) -> None:
-    """Move each member's support after the returns of one update, in place: it grows at once and shrinks slowly.
+def follow_(support: Float[Tensor, "P 2"], returns: Float[Tensor, "P T E"], valid: Bool[Tensor, "P T E"]) -> None:
+    """Move each member's support after the returns of one rollout, in place: it grows at once and shrinks slowly.
 
     Called between an update and the next rollout only: collecting, advantages and loss then read one and the same support.
 
     Args:
-        targets: the scaled returns that were trained on; a member without a finite one keeps its support.
+        returns: the scaled rewards to the end of the episode or of the rollout, discounted, and then the value: the mean of a
+            distribution, for its outermost atoms would drive the support away. A member without a finite one keeps its support.
         valid: steps that count.
     """
-    counted = valid.unsqueeze(-1) & targets.isfinite()
+    counted = valid & returns.isfinite()
     infinity = float("inf")
-    lowest = torch.where(counted, targets, infinity).flatten(1).amin(1)
-    highest = torch.where(counted, targets, -infinity).flatten(1).amax(1)
+    lowest = torch.where(counted, returns, infinity).flatten(1).amin(1)
+    highest = torch.where(counted, returns, -infinity).flatten(1).amax(1)
     width = (highest - lowest).clamp(min=MIN_WIDTH)
     low, high = lowest - MARGIN * width, highest + MARGIN * width
     moved = torch.stack(
@@ -74,5 +73,4 @@ def follow_(support: Float[Tensor, "P 2"], targets: Float[Tensor, "P T E K"], va
         ],
         dim=1,
     )
-    seen = member_sum(counted.to(support.dtype)) > 0
-    support.copy_(torch.where(seen.unsqueeze(1), moved, support))
+    support.copy_(torch.where(counted.flatten(1).any(1, keepdim=True), moved, support))
