@@ -14,11 +14,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "hardy"
 LAYERS = {
     0: ("config", "population"),
     1: ("ops", "optim", "nn", "envs", "checkpoint", "metrics", "console"),
-    2: ("policy", "report"),
+    2: ("policy", "adversary", "report"),
     3: ("rollout",),
     4: ("ppo",),
     5: ("trainer",),
-    6: ("algorithm",),
+    6: ("algorithm", "robustness"),
     7: ("run",),
     8: ("cli",),
 }

@@ -296,7 +296,7 @@ def test_uneven_minibatches_count_every_valid_step_once_an_epoch(monkeypatch, mi
     run = trainer(settings, range(3), env=scripted(scripts, AutoresetMode.NEXT_STEP, members=3))
     whole, seen, loss, make_batch = [], [], ppo.loss, ppo.make_batch
     monkeypatch.setattr(ppo, "make_batch", lambda *args, **kw: (whole.append(make_batch(*args, **kw)), whole[-1])[1])
-    monkeypatch.setattr(ppo, "loss", lambda policy, batch, hyper, steps: (
+    monkeypatch.setattr(ppo, "loss", lambda policy, batch, hyper, steps, *rest: (
         seen.append((batch, steps)), loss(policy, batch, hyper, steps)
     )[1])  # fmt: skip
     run.iterate(1000)

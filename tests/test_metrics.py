@@ -21,6 +21,7 @@ NAMED_BY_THE_PROJECT = (
     " vgs/normalized_variance upgd/noise_to_signal upgd/utility_max plasticity/dormant_fraction plasticity/effective_rank"
     " plasticity/weight_norm env/drift_changes eval/mean eval/low eval/high time/total_timesteps time/elapsed"
     " time/steps_per_second risk/cvar risk/lambda risk/violation"
+    " adversary/epsilon adversary/robust_kl adversary/clean_grad_norm adversary/robust_grad_norm"
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ Status = Literal["finished", "interrupted", "failed"]
 SUMMARY = "summary.json"
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _BLUE, _ORANGE, _GREEN = "#2563eb", "#d97706", "#059669"
+_SERIES = (_BLUE, _ORANGE, _GREEN, "#dc2626", "#7c3aed")
 _VERSIONS = ("hardy", "torch", "numpy", "gymnasium")
 
 
@@ -92,6 +93,38 @@ def write_summary(
         summary["error"] = error
     path = folder / SUMMARY
     write_json_atomic(path, summary)
+    return path
+
+
+def attack_report(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``attack.json``, and draw ``attack.png``: the return over the radius of each attack, with 95 % intervals.
+
+    Args:
+        rows: ``attack``, ``epsilon``, ``mean``, ``low``, ``high`` and ``episodes`` each; the first is without attack.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    written = [{name: value if isinstance(value, str) else _number(value) for name, value in row.items()} for row in rows]
+    write_json_atomic(folder / "attack.json", written)
+    figure = Figure(figsize=(9, 4.2), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots()
+    axes.set_title(folder.resolve().name, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=26)
+    natural, attacked = rows[0], rows[1:]
+    axes.axhspan(natural["low"], natural["high"], color=_MUTED, alpha=0.2, linewidth=0, label="natural")
+    for color, name in zip(_SERIES, dict.fromkeys(row["attack"] for row in attacked), strict=False):
+        points = [natural, *sorted((row for row in attacked if row["attack"] == name), key=lambda row: row["epsilon"])]
+        radius, mean, low, high = (np.array([row[key] for row in points]) for key in ("epsilon", "mean", "low", "high"))
+        error = np.nan_to_num(np.abs(np.stack([low, high]) - mean), posinf=0.0)
+        axes.errorbar(radius, mean, yerr=error, color=color, marker="o", markersize=4, capsize=3, linewidth=1.6, label=name)
+    _style(axes)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "ncols": 6}
+    axes.legend(**place, frameon=False, fontsize=9, labelcolor=_INK, handlelength=1.6, columnspacing=1.6, borderpad=0)
+    axes.set_xlabel("radius of the attack, in deviations of the normalised observation", color=_INK)
+    axes.set_ylabel("return", color=_INK)
+    path = folder / "attack.png"
+    write_bytes_atomic(path, _png(figure))
     return path
 
 

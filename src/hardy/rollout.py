@@ -19,6 +19,8 @@ RECENT_EPISODES = 100
 """Window of the running scores, as in Gymnasium's and Stable-Baselines3's episode statistics."""
 
 Normalize = Callable[[Tensor], Tensor]
+Alter = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Normalised observations ``[P, E, O]``, memory ``[P, E, S]`` and ``is_first [P, E]`` to what the policy is shown instead."""
 
 
 @training_state
@@ -187,6 +189,7 @@ def evaluate(
     *,
     max_steps: int,
     stop: Callable[[], bool] = lambda: False,
+    alter: Alter | None = None,
 ) -> Float[np.ndarray, "P episodes"]:
     """The return of one whole episode of every environment, weights and statistics frozen.
 
@@ -198,6 +201,7 @@ def evaluate(
         noise: generators for the samples; not drawn from where ``deterministic``.
         max_steps: an episode still running then counts with its return so far: some environments never end one.
         stop: asked before every step.
+        alter: what the policy is shown instead of the observation; the memory follows from that.
 
     Raises:
         KeyboardInterrupt: ``stop`` said so.
@@ -213,7 +217,8 @@ def evaluate(
             break
         if stop():
             raise KeyboardInterrupt
-        distribution, _, recurrent = policy.step(normalize(obs), recurrent, is_first)
+        seen = normalize(obs) if alter is None else alter(normalize(obs), recurrent, is_first)
+        distribution, _, recurrent = policy.step(seen, recurrent, is_first)
         action = distribution.mode() if deterministic else distribution.sample(policy.draw_noise(noise, envs))
         step = env.step(action.flatten(0, 1).cpu().numpy())
         total += np.where(running & step.valid, step.reward, 0.0)

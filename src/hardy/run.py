@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 from scipy import stats
 
+from hardy.adversary import Attack
 from hardy.algorithm import DistributionalPPO
 from hardy.checkpoint import (
     CheckpointError,
@@ -31,7 +32,8 @@ from hardy.config import ConfigError, dump_settings, load_settings, tunables
 from hardy.console import LiveView
 from hardy.envs import make
 from hardy.metrics import MetricsWriter
-from hardy.report import SUMMARY, Status, learning_curve, write_summary
+from hardy.report import SUMMARY, Status, attack_report, learning_curve, write_summary
+from hardy.robustness import attacked_returns
 from hardy.trainer import RunSettings, Trainer
 
 CONFIG, CHECKPOINTS, POLICY = "config.yaml", "checkpoints", "policy.safetensors"
@@ -164,12 +166,54 @@ def evaluate(folder: Path, episodes: int | None, seed: int | None) -> Evaluation
         ConfigError: the folder holds no configuration.
         CheckpointError: there is no usable checkpoint.
     """
+    trainer = _restored(folder)
+    chosen = trainer.settings.evaluation
+    return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[0])
+
+
+def _restored(folder: Path) -> Trainer:
+    """The newest usable checkpoint of a run."""
     settings = load_settings(RunSettings, folder / CONFIG)
-    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=2))
+    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
     trainer = make_trainer(settings, seeds=read_document(path)["seeds"])
     trainer.restore(path)
-    chosen = settings.evaluation
-    return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[0])
+    return trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackResult:
+    """What one attack left of an agent's return; ``name`` is ``natural`` without any."""
+
+    name: str
+    epsilon: float
+    evaluation: Evaluation
+
+
+def attack(
+    folder: Path, attacks: list[Attack], epsilons: list[float], episodes: int | None, seed: int | None
+) -> list[AttackResult]:
+    """Attack the newest usable checkpoint of a run, on the episodes of `evaluate`; leaves ``attack.json`` and ``attack.png``.
+
+    Args:
+        attacks: each is tried at each of ``epsilons``, radii in deviations of the normalised observation.
+
+    Returns:
+        The natural result, then one for each attack and radius.
+
+    Raises:
+        ConfigError: the folder holds no configuration.
+        CheckpointError: there is no usable checkpoint.
+    """
+    trainer = _restored(folder)
+    chosen = trainer.settings.evaluation
+    count, deterministic = episodes or chosen.episodes, chosen.deterministic
+    natural = trainer.evaluate(count, deterministic=deterministic, seed=seed)[0]
+    results = [AttackResult("natural", 0.0, summarise(natural))]
+    for method, epsilon in itertools.product(attacks, epsilons):
+        returns = attacked_returns(trainer, method, epsilon, count, deterministic=deterministic, seed=seed)[0]
+        results.append(AttackResult(method.name, epsilon, summarise(returns)))
+    attack_report(folder, [{"attack": r.name, "epsilon": r.epsilon, **dataclasses.asdict(r.evaluation)} for r in results])
+    return results
 
 
 class _Run:

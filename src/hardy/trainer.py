@@ -16,6 +16,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from hardy.adversary import AdversarySettings
 from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
 from hardy.config import Settings, tunables
 from hardy.envs import BatchedEnv, Drift, EnvSettings, make
@@ -28,10 +29,12 @@ from hardy.optim import OptimizerSettings, OptimizerState, PopulationOptimizer, 
 from hardy.policy import ActorCritic, PolicySettings, describe_space
 from hardy.population import MemberGenerators, copied, expand, kept, member_norm, nested, stream_seed, training_state
 from hardy.ppo import PPO, PPOSettings, scheduled
-from hardy.rollout import CollectorState, Rollout, collect, evaluate, restart_, running_scores, start
+from hardy.rollout import Alter, CollectorState, Rollout, collect, evaluate, restart_, running_scores, start
 
 PLASTICITY_SAMPLES = 512
 """Steps of a rollout on which the plasticity measures are taken: their cost stays small."""
+STREAMS = ("action", "shuffle", "noise", "target", "attack")
+"""What each member draws from random generators of its own."""
 PLASTICITY_EVERY = 10
 """Iterations between two such measurements."""
 ENVIRONMENT = "environment/"
@@ -72,6 +75,7 @@ class RunSettings(Settings):
     policy: PolicySettings = PolicySettings()
     critic: CriticSettings = CriticSettings()
     risk: RiskSettings = RiskSettings()
+    adversary: AdversarySettings = AdversarySettings()
     ppo: PPOSettings = PPOSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     vgs: VGSSettings = VGSSettings()
@@ -174,10 +178,10 @@ class Trainer:
             risk=RiskState(torch.zeros(members, dtype=dtype, device=settings.device)),
             collector=collector,
             timesteps=torch.zeros(members, dtype=torch.int64),
-            generators={name: MemberGenerators(self.seeds, name) for name in ("action", "shuffle", "noise", "target")},
+            generators={name: MemberGenerators(self.seeds, name) for name in STREAMS},
         )
         objective = Objective(self.policy.values, settings.risk, self.state.risk)
-        self.ppo = PPO(self.policy, optimizer, settings.ppo, objective, settings.microbatches)
+        self.ppo = PPO(self.policy, optimizer, settings.ppo, objective, settings.adversary, settings.microbatches)
 
     @property
     def timesteps(self) -> int:
@@ -195,6 +199,12 @@ class Trainer:
         return (
             self.state.observation.normalize(obs, settings.clip_observation, settings.epsilon) if settings.observation else obs
         )
+
+    def observation_bounds(self) -> tuple[Float[Tensor, "P O"], Float[Tensor, "P O"]]:
+        """Lowest and highest observation there can be, as the policy would see them now."""
+        space, members = self.env.observation_space, len(self.seeds)
+        low, high = (self.policy.flatten(np.stack([bound] * members), members) for bound in (space.low, space.high))
+        return self.normalize(low).squeeze(1), self.normalize(high).squeeze(1)
 
     def iterate(self, total_timesteps: int) -> Metrics:
         """One rollout and one update of every member.
@@ -215,10 +225,11 @@ class Trainer:
         rollout = collect(
             self.env, self.policy, state.collector, self.normalize, state.generators["action"], self.settings.ppo.n_steps
         )
-        hyper = scheduled(state.hyper, self.settings.ppo, self.timesteps / total_timesteps)
+        progress = self.timesteps / total_timesteps
+        hyper = scheduled(state.hyper, self.settings.ppo, progress, self.settings.adversary)
         trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
         metrics: Metrics = dict(self._risk(trained_on, hyper))
-        metrics |= self.ppo.update(trained_on, state.optimizer, hyper, state.generators)
+        metrics |= self.ppo.update(trained_on, state.optimizer, hyper, state.generators, self.observation_bounds())
         if self.iteration % PLASTICITY_EVERY == 0:
             metrics |= self._plasticity(rollout)
         if self.settings.normalizer.observation:
@@ -264,13 +275,20 @@ class Trainer:
         }
 
     def evaluate(
-        self, episodes: int, *, deterministic: bool = True, seed: int | None = None, stop: Callable[[], bool] = lambda: False
+        self,
+        episodes: int,
+        *,
+        deterministic: bool = True,
+        seed: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        alter: Alter | None = None,
     ) -> Float[np.ndarray, "P episodes"]:
         """Returns of whole episodes in fresh environments, weights and statistics frozen, physics as they are now.
 
         Args:
             seed: of the environments and samples, the same for all members; by default it follows from ``settings.seed``.
             stop: asked before every step.
+            alter: what the policy is shown instead of each observation.
 
         Raises:
             KeyboardInterrupt: ``stop`` said so.
@@ -282,7 +300,8 @@ class Trainer:
         try:
             noise = MemberGenerators([common] * members, "evaluation")
             limit = self.settings.evaluation.max_steps
-            return evaluate(env, self.policy, self.normalize, members, deterministic, noise, max_steps=limit, stop=stop)
+            arguments = (env, self.policy, self.normalize, members, deterministic, noise)
+            return evaluate(*arguments, max_steps=limit, stop=stop, alter=alter)
         finally:
             env.close()
 
