@@ -248,8 +248,7 @@ def test_at_epsilon_zero_the_loss_and_its_gradient_are_those_without_an_adversar
     run, batch, steps = prepared(3)
     hyper = {**run.state.hyper, "adversary.epsilon": torch.tensor([0.0, 0.2, 0.0], dtype=torch.float64)}
     hyper["adversary.adversarial_ratio"] = torch.ones(3, dtype=torch.float64)
-    attacked = batch.obs.clone()
-    attacked[1] += 0.2
+    attacked = batch.obs + 0.2  # whatever stands there for the others
     results = []
     for extra in ((), (attacked,)):
         total, parts = ppo.loss(run.policy, batch, hyper, steps, *extra)
@@ -403,12 +402,13 @@ def restore(run, weights):
 
 @pytest.mark.parametrize("attack", ["sgld", "pgd", "fgsm", "random", "critic"])
 def test_a_population_equals_its_members_alone_each_with_its_own_epsilon(attack) -> None:
-    settings = tiny(EVERYTHING, adversary={"epsilon": 0.2, "attack": attack, "steps": 2, "ramp": 0.0})
+    settings = tiny(EVERYTHING, adversary={"epsilon": 0.2, "attack": attack, "steps": 2, "ramp": 0.0}, ppo={"n_epochs": 4})
 
     def train(seeds, positions):
         run = trainer(settings, seeds)
         for row, position in enumerate(positions):
             run.state.hyper["adversary.epsilon"][row] *= position  # the first without an adversary
+            run.state.hyper["optimizer.lr"][row] *= 3.0**-position  # so that members stop at different updates
             run.state.hyper["adversary.adversarial_ratio"][row] = 0.5 * (position == 2)
             run.state.hyper["adversary.robust_kl_coef"][row] *= 1 + position
         metrics = [run.iterate(LONG) for _ in range(3)]
