@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--only", help=f"variants, separated by commas, of: {', '.join(VARIANTS)}")
     parser.add_argument("--out", default="critics", help="name of the result")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     configs = [Path(word) for word in given.words if "=" not in word] or CONFIGS
     overrides = [word for word in given.words if "=" in word]
     chosen = given.only.split(",") if given.only else list(VARIANTS)

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--out", help="name of the result; by default that of the configuration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     result: dict[str, Any] = {"config": given.config.stem, "epsilon": given.epsilon, "overrides": given.overrides}
     for name, radius in (("plain", 0.0), ("adversarial", given.epsilon)):
         settings = load_settings(RunSettings, given.config, [*given.overrides, f"adversary.epsilon={radius}"])
