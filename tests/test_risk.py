@@ -18,7 +18,7 @@ from hardy.config import ConfigError
 from hardy.envs.cliff import EDGE, LENGTH, ROUGH, path_returns
 from hardy.ops.critic import Critic, CriticSettings, ReturnDistribution
 from hardy.ops.distortion import cvar_distortion, distorted_mean, influence, wang_distortion
-from hardy.ops.quantiles import cvar, quantile_midpoints
+from hardy.ops.quantiles import expected_value, quantile_midpoints
 from hardy.ops.returns import gae, sampled_returns
 from hardy.ops.risk import SMOOTH_QUANTILES, RiskState, risk_advantage
 from hardy.population import exploit_
@@ -40,12 +40,35 @@ def normal(count: int, mean: float = 0.0, std: float = 1.0) -> tuple[torch.Tenso
 # --------------------------------------------------------------------------------------------------------------- measures
 
 
+def exact_cvar(quantiles: torch.Tensor, alpha: float) -> float:
+    """The integral of the piecewise-constant quantile function from 0 to α, divided by α, piece by piece."""
+    ordered, total = sorted(quantiles.tolist()), 0.0
+    for i, quantile in enumerate(ordered):
+        low, high = i / len(ordered), (i + 1) / len(ordered)
+        total += quantile * max(0.0, min(high, alpha) - low)
+    return total / alpha
+
+
+def cvar(quantiles: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """CVaR of equally probable quantiles in any order."""
+    return distorted_mean(quantiles.sort().values, torch.full_like(quantiles, 1 / quantiles.shape[-1]), cvar_distortion(alpha))
+
+
 @settings(deadline=None, max_examples=25)
 @given(alpha=st.floats(1e-3, 1.0), count=st.integers(1, 12), seed=st.integers(0, 1000))
-def test_with_equal_probabilities_the_distorted_mean_is_the_tail_mean_of_quantiles(alpha: float, count: int, seed: int) -> None:
-    quantiles = torch.randn(1, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).sort().values
-    found = distorted_mean(quantiles, torch.full_like(quantiles, 1 / count), cvar_distortion(of(alpha)))
-    torch.testing.assert_close(found, cvar(quantiles, of(alpha)), rtol=1e-8, atol=1e-10)
+def test_cvar_is_the_integral_of_the_tail(alpha: float, count: int, seed: int) -> None:
+    quantiles = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert float(cvar(quantiles[None], of(alpha))) == pytest.approx(exact_cvar(quantiles, alpha), rel=1e-8, abs=1e-10)
+
+
+def test_cvar_from_the_lowest_quantile_to_the_mean_one_alpha_for_each_member() -> None:
+    quantiles = torch.randn(5, 2, 3, 7)
+    alpha = torch.tensor([0.0, 1e-6, 1.0, 1.5, 0.3])
+    measured = cvar(quantiles, alpha)
+    assert measured.shape == (5, 2, 3)
+    torch.testing.assert_close(measured[:2], quantiles[:2].min(-1).values)
+    torch.testing.assert_close(measured[2:4], expected_value(quantiles[2:4]))
+    torch.testing.assert_close(measured[4:], cvar(quantiles[4:], alpha[4:]))
 
 
 def test_the_tail_of_unequal_probabilities_counts_with_the_fraction_that_reaches_into_it() -> None:

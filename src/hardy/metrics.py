@@ -48,7 +48,7 @@ _ALL = (
     Metric("rollout/episodes", "episodes", "training episodes finished so far", "grows"),
     Metric("train/learning_rate", "1", "learning rate in use: the base times the schedule's factor", "follows the schedule"),
     Metric("train/policy_loss", "1", "clipped surrogate loss", "small, around or below 0"),
-    Metric("train/value_loss", "1", "quantile Huber loss of the critic", "falls, then stays level"),
+    Metric("train/value_loss", "1", "loss of the critic", "falls, then stays level"),
     Metric("train/entropy", "nat", "mean entropy of the action distribution", "falls slowly"),
     Metric("train/approx_kl", "nat", "estimated KL divergence from the policy that collected the data", "0.001 to 0.03"),
     Metric("train/clip_fraction", "1", "share of the samples whose probability ratio was clipped", "0.02 to 0.3"),

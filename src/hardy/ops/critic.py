@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hardy.config import Settings, tunable
 from hardy.ops.categorical import atoms, project
-from hardy.ops.quantiles import quantile_huber_loss, quantile_midpoints
+from hardy.ops.quantiles import expected_value, quantile_huber_loss, quantile_midpoints
 from hardy.population import per_member
 
 
@@ -161,7 +161,7 @@ class Critic:
     def _means(self, apart: Float[Tensor, "P *batch C N"]) -> Float[Tensor, "P *batch C"]:
         if self.settings.kind == "categorical":
             return (apart.softmax(-1) * self._atoms(apart.ndim)).sum(-1)
-        return apart.mean(-1)
+        return expected_value(apart)
 
     def _choose(self, each: Float[Tensor, "P *batch C N"], means: Float[Tensor, "P *batch C"]) -> Float[Tensor, "P *batch N"]:
         """What the critics say together; ``min`` takes everything from the critic with the lower mean."""

@@ -21,10 +21,15 @@ _NARROWEST = 1e-4
 
 
 def cvar_distortion(alpha: Float[Tensor, "P"]) -> Distortion:
-    """CVaR: the mean of the worst fraction ``alpha`` in (0, 1] of each member."""
+    """CVaR: the mean of the worst fraction ``alpha`` of each member; 1 is the mean, and towards 0 the lowest outcome.
+
+    The outcome at the end of the tail counts with the fraction that reaches into it (Acerbi & Tasche 2002, def. 2.6). A number
+    outside (0, 1] acts as the nearer end.
+    """
 
     def distort(level: Tensor) -> Tensor:
-        return (level / per_member(alpha, level.ndim).clamp(min=torch.finfo(level.dtype).tiny)).clamp(max=1)
+        tail = per_member(alpha, level.ndim).clamp(min=torch.finfo(level.dtype).tiny, max=1)
+        return (level / tail).clamp(max=1)
 
     return distort
 
