@@ -19,7 +19,8 @@ import torch
 from scipy import stats
 
 from hardy.config import load_settings
-from hardy.trainer import RunSettings, Trainer, mean_over_members
+from hardy.settings import RunSettings
+from hardy.trainer import Trainer, mean_over_members
 
 RESULTS = Path(__file__).parent / "results"
 

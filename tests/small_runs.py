@@ -12,7 +12,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from hardy.config import settings_from_dict
 from hardy.envs import BatchedEnv, EnvStep, make_from
 from hardy.population import leaves
-from hardy.trainer import RunSettings, Trainer
+from hardy.settings import RunSettings
+from hardy.trainer import Trainer
 
 TINY = {
     "threads": 1,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from hardy import CheckpointError, ConfigError, DistributionalPPO, algorithm
-from hardy.checkpoint import read_document, save_tensors
+from hardy.checkpoint import read_document, read_member, save_tensors
 from hardy.population import leaves
 
 PPO = {"n_steps": 8, "n_epochs": 2, "n_minibatches": 2}
@@ -597,3 +597,68 @@ def test_what_cannot_be_loaded_is_explained(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"another policy: parameters\.core"):
         larger.load_parameters(path)
     assert are_equal(before, weights(larger))
+
+
+# ------------------------------------------------------------------------------------- weights from elsewhere, hyperparameters
+
+
+def state_of(model: DistributionalPPO) -> dict[str, torch.Tensor]:
+    assert model.trainer is not None
+    return {leaf.path: leaf.tensor.clone() for leaf in leaves(model.trainer.state)}
+
+
+ADOPTED = ("parameters.", "optimizer.", "observation.", "reward.moments.")
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+def test_loaded_parameters_bring_the_optimizer_and_the_statistics_that_belong_to_them(tmp_path: Path, as_tensors: bool) -> None:
+    source, model = make_model(seed=1).learn(64), make_model(seed=2).learn(96)
+    path = source.save(tmp_path / "source")
+    before = state_of(model)
+    model.load_parameters(read_member(path).parameters if as_tensors else path)
+    after, theirs = state_of(model), state_of(source)
+    for name, value in after.items():
+        if name.startswith(ADOPTED):
+            assert torch.equal(value, theirs[name]), name
+        elif not name.startswith(("collector.recurrent", "collector.is_first")):
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    assert any(not torch.equal(before[name], after[name]) for name in after if name.startswith("optimizer."))
+
+
+def test_with_weights_alone_the_optimizer_starts_anew(tmp_path: Path) -> None:
+    path = make_model(seed=1).learn(64).export_policy(tmp_path / "policy")
+    model, fresh = make_model(seed=2).learn(96), make_model(seed=2)
+    kept = state_of(model)["reward.moments.var"]
+    with pytest.warns(UserWarning, match="v1_policy_only lacks optimizer"):
+        model.load_parameters(path)
+    after, untouched = state_of(model), state_of(fresh)
+    for name in after:
+        if name.startswith("optimizer."):
+            assert torch.equal(after[name], untouched[name]), name
+    assert torch.equal(after["reward.moments.var"], kept)
+
+
+def test_the_state_of_another_optimizer_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    path = make_model(optimizer="UPGDW").learn(32).save(tmp_path / "other")
+    model = make_model().learn(32)
+    before = state_of(model)
+    with pytest.raises(CheckpointError, match=r"the state is of another optimizer: optimizer\."):
+        model.load_parameters(path)
+    for name, value in state_of(model).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def test_hyperparameters_are_seen_and_set() -> None:
+    model = make_model()
+    assert model.hyperparams["optimizer.lr"] == pytest.approx(4e-3)
+    model.set_hyperparams({"optimizer.lr": 0.01, "ppo.gamma": 0.9})
+    assert learn(model, 32)[0]["train/learning_rate"] == pytest.approx(0.01)
+    assert model.hyperparams["ppo.gamma"] == pytest.approx(0.9)
+    for values, message in (
+        ({"ppo.gamma": 0.8, "optimizer.lrr": 0.1}, r"'optimizer.lrr' is no tunable number \(did you mean 'optimizer.lr'"),
+        ({"ppo.gamma": 1.5}, r"ppo.gamma = 1.5: .*less than or equal to 1"),
+        ({"ppo.gamma": float("nan")}, "ppo.gamma = nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.set_hyperparams(values)
+        assert model.hyperparams["ppo.gamma"] == pytest.approx(0.9)

@@ -52,8 +52,8 @@ def hardy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_each_attack_at_each_radius_is_reported_beside_the_natural_return(folder, monkeypatch, capsys) -> None:
     figures: list[Any] = []
-    png = report._png
-    monkeypatch.setattr(report, "_png", lambda figure: (figures.append(figure), png(figure))[1])
+    png = report.png
+    monkeypatch.setattr(report, "png", lambda figure: (figures.append(figure), png(figure))[1])
     wanted = ["--epsilon", "0.2", "--epsilon", "0.5", "--attack", "random", "--attack", "critic", "--steps", "2"]
     assert hardy(monkeypatch, "attack", str(folder), *wanted, "--seed", "3", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
@@ -63,7 +63,7 @@ def test_each_attack_at_each_radius_is_reported_beside_the_natural_return(folder
     ]  # fmt: skip
     assert all(row["episodes"] == 3 and row["low"] <= row["mean"] <= row["high"] for row in printed)
     assert len({row["mean"] for row in printed}) == 5
-    trainer = run._restored(folder)
+    trainer, _ = run._restored(folder)
     natural = summarise(trainer.evaluate(3, seed=3)[0])
     assert printed[0]["mean"] == natural.mean
     expected = summarise(attacked_returns(trainer, Attack("critic", "linf", 2), 0.5, 3, seed=3)[0])

@@ -11,11 +11,13 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from hardy import cli, list_envs
 from hardy.config import dump_settings, load_settings, settings_from_dict
-from hardy.trainer import RunSettings, Trainer
+from hardy.settings import RunSettings
+from hardy.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 TINY = """\
@@ -302,3 +304,28 @@ def test_a_second_ctrl_c_says_where_the_run_is_and_whether_it_can_go_on(hardy: H
     assert (f"continue with: hardy resume {folder}\n" in out) == saved
     assert ("there is no checkpoint yet" in out) != saved
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+
+
+def test_pbt_trains_a_population_and_refuses_a_single_agent(hardy: Hardy) -> None:
+    hardy.refuses("pbt", "tiny.yaml", words=["population.size = 1: must be at least 2; add for instance population.size=8"])
+    code, out, err = hardy("pbt", "tiny.yaml", "population.size=2", "pbt.interval=32", "pbt.episodes=2")
+    assert (code, err) == (0, "")
+    for words in ("member", "score", "last exchange", "evaluation: return", "results: artifacts/tiny-seed0"):
+        assert words in out
+    assert (hardy.folder / "artifacts" / "tiny-seed0" / "population.csv").exists()
+    code, out, err = hardy("train", "artifacts/tiny-seed0/schedule.yaml")
+    assert (code, err) == (0, "")
+    code, out, err = hardy("eval", "artifacts/tiny-seed0", "--json", "--episodes", "3")
+    assert code == 0 and json.loads(out)["episodes"] == 3
+
+
+def test_a_hyperparameter_that_cannot_be_tuned_is_refused_with_those_that_can(hardy: Hardy) -> None:
+    spaces = "pbt.hyperparams={ppo.n_epochs: {low: 1, high: 9}}"
+    words = ["'ppo.n_epochs' is no tunable number", "allowed are", "optimizer.lr", "ppo.ent_coef", "vgs.alpha"]
+    hardy.refuses("pbt", "tiny.yaml", "population.size=2", spaces, words=words)
+
+
+def test_a_population_that_is_lost_ends_with_one_message(hardy: Hardy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "sound", lambda self: np.zeros(2, dtype=bool))
+    code, _, err = hardy("pbt", "tiny.yaml", "population.size=2", "pbt.interval=32")
+    assert code == 1 and "no member has finite weights" in err and "Traceback" not in err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ from hardy.envs import list_envs, make
 from hardy.metrics import METRICS
 from hardy.optim.transforms import Gating
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings
-from hardy.trainer import RunSettings
+from hardy.settings import RunSettings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -81,17 +83,40 @@ def keys(cls: type[Settings], above: tuple[str, ...] = ()) -> Iterator[tuple[str
 
 KEYS = dict(keys(RunSettings))
 ROWS = {row[0].strip("`"): row[1:] for row in table(ROOT / "docs" / "configuration.md", "key | default")}
-COMPLETE = ("env.id=CartPoleNoVel-v1", "env.drift={kind: permute, every: 10}", "optimizer.overrides={actor: {}}")
+COMPLETE = (
+    "env.id=CartPoleNoVel-v1",
+    "env.drift={kind: permute, every: 10}",
+    "optimizer.overrides={actor: {}}",
+    "pbt.hyperparams={optimizer.lr: {low: 0.1, high: 0.2}}",
+    "schedule=[{step: 0, values: {optimizer.lr: 0.1}}]",
+)
+ENTRIES: dict[str, str | int] = {"optimizer.overrides": "actor", "pbt.hyperparams": "optimizer.lr", "schedule": 0}
+"""Keys that hold several sections, and which of these a complete file has."""
+
+
+class Written(Settings):
+    """A value as a file has it."""
+
+    value: Any = None
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Write a value under a documented key, into the entry of `ENTRIES` where there may be several."""
+    parts = [part for part in key.split(".") if part != PREFIX]
+    path: list[str | int] = []
+    for depth, part in enumerate(parts, start=1):
+        entry = ENTRIES.get(".".join(parts[:depth]))
+        path += [part] if entry is None or depth == len(parts) else [part, entry]
+    section: Any = tree
+    for step in path[:-1]:
+        section = section[step]
+    section[path[-1]] = value
+    return tree
 
 
 def refusal(key: str, value: Any) -> str:
     """What the loader says about an impossible value."""
-    tree: dict[str, Any] = load_settings(RunSettings, None, COMPLETE).model_dump(mode="json")
-    *path, last = key.split(".")
-    section = tree
-    for part in path:
-        section = section[part]
-    section[last] = value
+    tree = put(load_settings(RunSettings, None, COMPLETE).model_dump(mode="json"), key, value)
     with pytest.raises(ConfigError) as refused:
         settings_from_dict(RunSettings, tree)
     return str(refused.value)
@@ -109,15 +134,14 @@ def test_every_key_is_documented_and_no_other() -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_a_documented_key_has_its_default_its_range_and_its_mark(key: str) -> None:
     default, allowed, per_member, meaning = ROWS[key]
-    here = key.replace(PREFIX, "actor")
     if KEYS[key].is_required():
         assert default == "required"
     else:
-        value = default.strip("`")
         # An empty section is replaced whole; everything else is one value among those of a complete file.
         base = load_settings(RunSettings, None, [text for text in COMPLETE if not text.startswith(f"{key}=")])
-        assert load_settings(RunSettings, None, [*COMPLETE, f"{here}={value}"]) == base
-    assert refusal(here, object()).endswith(f"must be {allowed}")
+        value = load_settings(Written, None, [f"value={default.strip('`')}"]).value
+        assert settings_from_dict(RunSettings, put(base.model_dump(mode="json"), key, value)) == base
+    assert refusal(key, object()).endswith(f"must be {allowed}")
     assert per_member in ("", "yes")
     assert (per_member == "yes") == (key in tunables(load_settings(RunSettings, None, COMPLETE)))
     assert meaning
@@ -136,7 +160,7 @@ def parameters() -> list[str]:
 def test_keys_and_metrics_named_in_a_text_exist(document: Path, parameters: list[str]) -> None:
     for name in re.findall(r"`([a-z_]+\.[a-z_.<>]+)(?:=[^`]*)?`", prose(document)):
         section, _, rest = name.partition(".")
-        if section in SECTIONS and rest not in ("py", "safetensors"):
+        if section in SECTIONS and rest not in ("py", "safetensors", "csv", "yaml"):
             assert name in KEYS or any(full.startswith(f"{name}.") for full in parameters), f"{name} is no key"
     groups = {metric.split("/")[0] for metric in METRICS}
     for name in re.findall(r"`([a-z]+/[a-z_]+)`", prose(document)):
@@ -189,7 +213,11 @@ def small(code: str) -> str:
     return re.sub(r"range\(\d{3,}\)", "range(30)", re.sub(r"total_timesteps=[\d_]+", "total_timesteps=1", code))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/python.md", "docs/optimizers.md", "docs/environments.md"])
+WITH_EXAMPLES = ["README.md", *(f"docs/{name}.md" for name in ("python", "optimizers", "environments"))]
+WITH_EXAMPLES += ["docs/PBT_BEST_PRACTICES.md", "docs/UPGD_INTEGRATION.md"]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_python_examples_run_one_after_the_other(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -202,6 +230,15 @@ def test_python_examples_run_one_after_the_other(name: str, tmp_path: Path, monk
     space: dict[str, Any] = {"__name__": "example"}
     for number, example in enumerate(examples):
         exec(compile(small(example), f"{name}, example {number}", "exec"), space)
+
+
+def test_the_example_of_members_in_processes_runs(tmp_path: Path) -> None:
+    (script,) = [text for text in blocks(ROOT / "docs" / "python.md", "python") if "__main__" in text]
+    cut = re.sub(r"= 2_048, 2, 10", "= 64, 2, 2", script).replace("threads=1", "threads=1, ppo={'n_steps': 8, 'n_epochs': 1}")
+    (tmp_path / "members.py").write_text(cut)
+    done = subprocess.run([sys.executable, "-W", "error", "members.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"member [012]: ", done.stdout)
 
 
 @EVERY_DOCUMENT
@@ -242,7 +279,7 @@ def test_commands_in_examples_exist(document: Path) -> None:
         options = {option for parameter in commands[name].params for option in parameter.opts}
         assert {word for word in arguments if word.startswith("--")} <= options
         overrides = [word for word in arguments if "=" in word]
-        if name in ("train", "config"):
+        if name in ("train", "config", "pbt"):
             load_settings(RunSettings, ROOT / arguments[0], overrides)
         else:
             assert not overrides

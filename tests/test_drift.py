@@ -289,3 +289,20 @@ def test_trying_a_range_leaves_the_defaults() -> None:
     """Trying both ends of a range at the start must not change the physics before the first change."""
     env = build(physics(), [0])
     assert (values(env) == 0.5).all() and (values(env, "gravity") == 9.8).all()
+
+
+@pytest.mark.parametrize("kind", ["physics", "permute"])
+def test_episodes_begin_in_chosen_rows_behind_a_drift(kind: str) -> None:
+    ranges = {"ranges": {"gravity": (5.0, 15.0)}} if kind == "physics" else {}
+    settings = EnvSettings(id="CartPole-v1", num_envs=2, drift=DriftSettings(kind=kind, every=3, **ranges))
+    env = make(settings, [1, 2])
+    env.reset()
+    for _ in range(4):
+        last = env.step(np.zeros(4, dtype=np.int64)).obs
+    assert env.resets_rows
+    chosen = np.array([True, False, False, True])
+    obs = env.reset_rows(chosen)
+    np.testing.assert_array_equal(obs[~chosen], last[~chosen])
+    assert not np.isclose(obs[chosen], last[chosen]).all(axis=1).any()
+    assert np.abs(obs[chosen]).max() <= 0.05  # where episodes of this task begin, in whatever order the entries come
+    assert env.steps.tolist() == [8, 8]

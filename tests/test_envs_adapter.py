@@ -337,3 +337,45 @@ def test_members_are_independent_behind_the_adapter() -> None:
         actions = rng.integers(0, 3, 6)
         parts = [env.step(actions[2 * p : 2 * p + 2]) for p, env in enumerate(alone)]
         np.testing.assert_array_equal(together.step(actions).obs, np.concatenate([part.obs for part in parts]))
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
+def test_episodes_begin_in_the_chosen_rows_only(mode: AutoresetMode, kind: Any) -> None:
+    env = GymVectorEnv(kind(lengths(3), autoreset_mode=mode), [0, 1, 2])
+    try:
+        before = env.reset()
+        env.step(np.zeros(3, dtype=np.int64))
+        assert env.resets_rows
+        obs = env.reset_rows(np.array([False, False, True]))
+        assert obs[2].tolist() == [before[2, 0] + 1, 0]
+        step = env.step(np.zeros(3, dtype=np.int64))
+        assert step.valid.all()
+        assert step.obs[2].tolist() == [before[2, 0] + 1, 1]
+        assert (step.terminated | step.truncated).tolist() == [True, False, False]  # rows 0 and 1 went on from where they were
+    finally:
+        env.close()
+
+
+def test_a_row_that_ended_and_is_begun_anew_by_hand_is_not_reset_again() -> None:
+    env = adapter(AutoresetMode.NEXT_STEP)
+    env.reset()
+    for _ in range(2):
+        step = env.step(np.zeros(3, dtype=np.int64))
+    assert step.terminated[0] | step.truncated[0]
+    episode = env.reset_rows(np.array([True, False, False]))[0, 0]
+    step = env.step(np.zeros(3, dtype=np.int64))
+    assert step.valid[0] and not step.is_first[0]
+    assert step.obs[0].tolist() == [episode, 1]
+
+
+def test_environments_that_cannot_reset_rows_say_so() -> None:
+    class Whole(SyncVectorEnv):
+        @property
+        def unwrapped(self) -> Any:
+            return object()
+
+    env = GymVectorEnv(Whole(lengths(2), autoreset_mode=AutoresetMode.SAME_STEP), [0, 1])
+    assert not env.resets_rows
+    with pytest.raises(ValueError, match="GymVectorEnv cannot start an episode in some rows only"):
+        env.reset_rows(np.array([True, False]))

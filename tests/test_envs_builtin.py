@@ -356,3 +356,21 @@ def test_listing_tells_what_each_task_is() -> None:
         assert info.description
     assert listed["PendulumNoVel-v1"].action == "1 in [-2, 2]"
     assert listed["CartPoleNoVel-v1"].action == "one of 2"
+
+
+@pytest.mark.parametrize("task", FULL + MASKED, ids=lambda task: task.id)
+def test_episodes_begin_in_the_chosen_rows_only(task) -> None:
+    env, other = (build(task.id, [3, 4], 2) for _ in range(2))
+    env.reset(), other.reset()
+    play(env, 5), play(other, 5)
+    assert env.resets_rows
+    obs = env.reset_rows(np.array([False, True, False, False]))
+    state, untouched = env.get_state(), other.get_state()
+    assert state["elapsed"].tolist() == [5, 0, 5, 5]
+    kept = [0, 2, 3]
+    for name in ("state", "generators"):
+        rows = state[name].T if name == "state" else state[name]
+        theirs = untouched[name].T if name == "state" else untouched[name]
+        np.testing.assert_array_equal(rows[kept], theirs[kept])
+        assert not np.array_equal(rows[1], theirs[1])
+    np.testing.assert_array_equal(obs, env._observe())

@@ -13,14 +13,15 @@ SOURCE = Path(__file__).parents[1] / "src" / "hardy"
 # A unit is a module or a package directly under hardy. The files of one package may import one another.
 LAYERS = {
     0: ("config", "population"),
-    1: ("ops", "optim", "nn", "envs", "checkpoint", "metrics", "console"),
-    2: ("policy", "adversary", "report"),
+    1: ("ops", "optim", "nn", "envs", "checkpoint", "metrics", "console", "lineage", "figures"),
+    2: ("policy", "adversary", "report", "population_report", "pbt"),
     3: ("rollout",),
     4: ("ppo",),
-    5: ("trainer",),
-    6: ("algorithm", "robustness"),
-    7: ("run",),
-    8: ("cli",),
+    5: ("settings",),
+    6: ("trainer",),
+    7: ("algorithm", "evolution", "robustness"),
+    8: ("run",),
+    9: ("cli",),
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}
 PUBLIC_API = "__init__"
@@ -97,7 +98,7 @@ def plant(source: Path, file: str, text: str) -> Path:
         ("ops/returns.py", "from .. import policy", "ops/returns.py:1: layer 1 imports policy of layer 2"),
         ("ops/returns.py", "from hardy.nn.linear import Linear", "ops/returns.py:1: layer 1 imports nn of layer 1"),
         ("metrics.py", "from .checkpoint import save", "metrics.py:1: layer 1 imports checkpoint of layer 1"),
-        ("population.py", "def f():\n    from hardy import cli", "population.py:2: layer 0 imports cli of layer 8"),
+        ("population.py", "def f():\n    from hardy import cli", "population.py:2: layer 0 imports cli of layer 9"),
         ("config.py", "if TYPE_CHECKING:\n    from .nn import X", "config.py:2: layer 0 imports nn of layer 1"),
         ("trainer.py", "from hardy import DistributionalPPO", "trainer.py:1: imports DistributionalPPO, which has no layer"),
         ("trainer.py", "import hardy", "trainer.py:1: imports the public API"),

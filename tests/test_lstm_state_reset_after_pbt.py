@@ -13,7 +13,8 @@ from torch import Tensor
 from hardy import DistributionalPPO
 from hardy.config import settings_from_dict
 from hardy.population import ExploitRule, exploit_, leaves
-from hardy.trainer import RunSettings, Trainer
+from hardy.settings import RunSettings
+from hardy.trainer import Trainer
 
 PPO = {"n_steps": 7, "n_epochs": 1, "n_minibatches": 1}
 SIZE = {"memory_size": 5, "encoder": [3]}
@@ -87,14 +88,16 @@ def test_other_weights_behave_as_in_a_fresh_run(tmp_path: Path, monkeypatch: pyt
     fresh = DistributionalPPO.load(other)
     expected = fresh.predict(collector(model).obs[0].numpy(), deterministic=True)
 
-    model.load_parameters(other)
+    with pytest.warns(UserWarning, match="v1_policy_only lacks optimizer"):
+        model.load_parameters(other)
     action, memory = next_step(model, model)
     np.testing.assert_array_equal(action, expected[0])
     np.testing.assert_array_equal(memory, expected[1])
 
     # The same without the reset: this is the mistake that the reset is there for.
     monkeypatch.setattr(DistributionalPPO, "reset_lstm_states_to_initial", lambda self: None)
-    forgetful.load_parameters(other)
+    with pytest.warns(UserWarning, match="v1_policy_only lacks optimizer"):
+        forgetful.load_parameters(other)
     _, stale = next_step(forgetful, forgetful)
     assert expected[1] is not None and stale is not None
     assert np.abs(stale - expected[1]).max() > 1e-3

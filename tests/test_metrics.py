@@ -23,10 +23,15 @@ NAMED_BY_THE_PROJECT = (
     " time/steps_per_second risk/cvar risk/lambda risk/violation"
     " adversary/epsilon adversary/robust_kl adversary/clean_grad_norm adversary/robust_grad_norm"
 )
+OF_A_POPULATION = (
+    "pbt/score pbt/score_best pbt/score_mean pbt/score_std pbt/exploitation_count pbt/post_exploit_value_loss_ratio"
+    " pbt/lineage_depth pbt/age pbt/hyperparam"
+)
 
 
 def test_the_registry_holds_exactly_the_metrics_that_users_were_promised() -> None:
-    assert set(METRICS) == set(NAMED_BY_THE_PROJECT.split())
+    assert set(METRICS) == {*NAMED_BY_THE_PROJECT.split(), *OF_A_POPULATION.split()}
+    assert {name for name, metric in METRICS.items() if metric.population} == set(OF_A_POPULATION.split())
     assert all(name == metric.name and metric.unit and metric.meaning and metric.healthy for name, metric in METRICS.items())
 
 
@@ -53,7 +58,7 @@ def test_one_agent_has_one_column_per_metric(tmp_path: Path) -> None:
         assert read_metrics(tmp_path / "run")["time/total_timesteps"].tolist() == [10.0]  # on disk before the file is closed
         writer.write(2**40 + 1, {"train/entropy": math.nan, "eval/mean": -math.inf})
     read = read_metrics(tmp_path / "run")
-    assert list(read) == list(METRICS)
+    assert list(read) == [name for name, metric in METRICS.items() if not metric.population]
     assert read["time/total_timesteps"].tolist() == [10.0, 2.0**40 + 1]
     np.testing.assert_array_equal(read["train/entropy"].astype(np.float32), np.array([0.1, np.nan], dtype=np.float32))
     np.testing.assert_array_equal(read["eval/mean"], [np.nan, -np.inf])
@@ -75,7 +80,11 @@ def test_a_population_has_a_column_per_member_and_the_mean_of_the_finite_ones(tm
     np.testing.assert_array_equal(members, [1.0, np.nan, 4.0])
     assert math.isnan(read["eval/low"][0])
     assert "time/elapsed/member_0" not in read
-    assert len(read) == sum(4 if metric.per_member else 1 for metric in METRICS.values())
+    assert len(read) == sum(4 if metric.per_member else 1 for metric in METRICS.values() if not metric.only_parts)
+    of_one_number = {"score_best", "score_mean", "score_std", "exploitation_count"}
+    assert {f"pbt/{name}/member_2" in read for name in of_one_number} == {False}
+    assert all(f"{name}/member_2" in read for name in ("pbt/score", "pbt/lineage_depth", "pbt/age"))
+    assert not any(name.startswith("pbt/hyperparam") for name in read)
 
 
 @settings(deadline=None, max_examples=25)
@@ -95,6 +104,16 @@ def test_what_is_not_a_metric_is_refused(tmp_path: Path) -> None:
             ValueError, match=r"metric 'train/entropy' has shape \[3\]: must be a number or one per member \[2\]"
         ):
             writer.write(1, {"train/entropy": torch.ones(3)})
+        with pytest.raises(ValueError, match="metric 'pbt/hyperparam' has no value itself: give it parts"):
+            writer.write(1, {"pbt/hyperparam": torch.ones(2)})
+    assert len(read_metrics(tmp_path)["train/entropy"]) == 0
+
+
+def test_a_single_agent_has_no_metrics_of_a_population(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, members=1) as writer:
+        for name in ("pbt/score", "pbt/score_best", "pbt/hyperparam/optimizer.lr"):
+            with pytest.raises(ValueError, match=f"metric '{name}' is that of a population: a single agent has none"):
+                writer.write(1, {name: 1.0})
     assert len(read_metrics(tmp_path)["train/entropy"]) == 0
 
 
@@ -144,6 +163,20 @@ def test_a_half_written_row_is_neither_read_nor_continued(tmp_path: Path) -> Non
     path.unlink()
     with pytest.raises(FileNotFoundError):
         read_metrics(tmp_path)
+
+
+def test_hyperparameters_of_the_members_go_to_tensorboard_as_parts(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, members=2) as writer:
+        row = writer.write(
+            5, {"pbt/hyperparam/optimizer.lr": torch.tensor([0.25, 0.75]), "pbt/score": torch.tensor([1.0, math.nan])}
+        )
+    assert row["pbt/hyperparam/optimizer.lr"] == 0.5
+    read = read_metrics(tmp_path)
+    assert read["pbt/score"].tolist() == [1.0]
+    assert math.isnan(read["pbt/score/member_1"][0])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    values = [events.Scalars(f"pbt/hyperparam/optimizer.lr/member_{index}")[0].value for index in range(2)]
+    assert values == [0.25, 0.75]
 
 
 def test_tensorboard_shows_the_same_numbers(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LONGEST_FILE = 500
 
 # Where the modules imported are not named like the distribution that brings them.
-MODULES_OF = {"pydantic": {"pydantic", "pydantic_core"}, "pyyaml": {"yaml"}}
+MODULES_OF = {"pydantic": {"pydantic", "pydantic_core"}, "pyyaml": {"yaml"}, "scikit-learn": {"sklearn"}}
 PICKLING = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -40,6 +40,12 @@ def name_of(requirement: str) -> str:
 
 RUNTIME = [name_of(requirement) for requirement in PROJECT["dependencies"]]
 DEVELOPMENT = [name_of(requirement) for requirement in PROJECT["optional-dependencies"]["dev"]]
+OPTIONAL = {
+    name_of(requirement)
+    for extra, requirements in PROJECT["optional-dependencies"].items()
+    if extra != "dev"
+    for requirement in requirements
+}
 
 
 def test_import_is_light_and_leaves_torch_alone() -> None:
@@ -51,7 +57,7 @@ import hardy
 after = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
 assert torch.equal(before[0], after[0]), "import drew random numbers"
 assert before[1:] == after[1:], (before[1:], after[1:])
-heavy = {"matplotlib", "tensorboard", "typer"} & set(sys.modules)
+heavy = {"matplotlib", "tensorboard", "typer", "sklearn"} & set(sys.modules)
 assert not heavy, f"import hardy imports {sorted(heavy)}"
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=SOURCE.parent, capture_output=True, text=True)
@@ -142,9 +148,14 @@ def pickling(text: str) -> list[str]:
     """What in a source file could read or write a pickle."""
     tree = ast.parse(text)
     torch_io = {"torch.load", "torch.save", "torch.serialization"}
+    safe = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and "weights_only=True" in (ast.unparse(keyword) for keyword in node.keywords)
+    }
     found = [name for name in imported_modules(tree) if name.split(".")[0] in PICKLING or name in torch_io]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in torch_io:
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in torch_io and id(node) not in safe:
             found.append(ast.unparse(node))
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             found.append("allow_pickle")
@@ -163,6 +174,8 @@ def test_nothing_is_pickled(file: Path) -> None:
         "def f():\n    import cloudpickle as c",
         "from joblib import dump",
         "import torch\ntorch.load('a')",
+        "import torch\ntorch.load('a', weights_only=False)",
+        "import torch\ntorch.load('a', weights_only=safe)",
         "import torch\nkeep = torch.save",
         "from torch import load",
         "from torch.serialization import load",
@@ -173,15 +186,32 @@ def test_planted_pickling_is_found(text: str) -> None:
     assert pickling(text)
 
 
+def test_the_weights_only_reader_is_allowed() -> None:
+    assert pickling("import torch\ntorch.load('a', map_location='cpu', weights_only=True)") == []
+
+
 def test_what_is_imported_is_declared() -> None:
-    declared = {"hardy", *sys.stdlib_module_names}.union(*(MODULES_OF.get(name, {name}) for name in RUNTIME))
+    known = [*RUNTIME, *OPTIONAL]
+    declared = {"hardy", *sys.stdlib_module_names}.union(*(MODULES_OF.get(name, {name}) for name in known))
     imported = {name.split(".")[0] for file in FILES for name in imported_modules(ast.parse(file.read_text()))}
     assert imported <= declared
 
 
+def test_optional_packages_are_imported_only_inside_the_functions_that_need_them() -> None:
+    modules = set[str]().union(*(MODULES_OF.get(name, {name}) for name in OPTIONAL))
+    for file in FILES:
+        body = ast.Module(
+            [node for node in ast.parse(file.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))], []
+        )
+        found = modules & {name.split(".")[0] for name in imported_modules(body)}
+        assert not found or file.name == "time_kernel.py", f"{file}: {found}"
+
+
 def test_every_dependency_has_its_reason() -> None:
     rows = re.findall(r"^\| `([^`]+)` \| (.+) \|$", (ROOT / "docs" / "dependencies.md").read_text(), flags=re.MULTILINE)
-    assert sorted(name for name, _ in rows) == sorted(RUNTIME + DEVELOPMENT)
+    assert {name for name, _ in rows} == {*RUNTIME, *OPTIONAL, *DEVELOPMENT}
+    assert len(rows) == len(dict(rows))
+    assert set(DEVELOPMENT) >= OPTIONAL, "the tests need them"
     assert all(len(why.split()) >= 4 for _, why in rows)
 
 
@@ -190,7 +220,7 @@ def test_constraints_pin_every_dependency() -> None:
     # Exact versions by name: no address, no local label, so that any index serves.
     assert all(re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line) for line in lines), lines
     assert "torch==2.13.0" in lines
-    assert set(RUNTIME + DEVELOPMENT) <= {line.split("==")[0] for line in lines}
+    assert {*RUNTIME, *OPTIONAL, *DEVELOPMENT} <= {line.split("==")[0] for line in lines}
 
 
 def test_every_composition_is_kept_by_a_test_that_exists() -> None:

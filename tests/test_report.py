@@ -1,8 +1,7 @@
-"""What a run leaves and shows: the learning-curve picture, summary.json, the live view and its plain lines."""
+"""What a run leaves: the learning-curve picture and summary.json."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -15,10 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import image
-from rich.console import Console
 
 from hardy import report
-from hardy.console import LiveView, print_error
 from hardy.metrics import MetricsWriter
 from hardy.report import learning_curve, write_summary
 
@@ -42,8 +39,8 @@ def write_run(folder: Path, members: int = 1, rows: int = 30, **constant: float)
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The figures that were turned into pictures."""
     figures: list[Any] = []
-    png = report._png
-    monkeypatch.setattr(report, "_png", lambda figure: (figures.append(figure), png(figure))[1])
+    png = report.png
+    monkeypatch.setattr(report, "png", lambda figure: (figures.append(figure), png(figure))[1])
     yield figures
 
 
@@ -127,110 +124,20 @@ def test_summary_says_what_ran_and_how_it_went(tmp_path: Path) -> None:
     assert summary["machine"]["cores"] >= 1
 
 
+def test_summary_of_a_population_names_its_best_and_counts_the_steps_of_all(tmp_path: Path) -> None:
+    population = {"size": 4, "best_member": 2, "exploits": 7}
+    path = write_summary(write_run(tmp_path, members=4), seed=0, status="finished", population=population)
+    summary = json.loads(path.read_text())
+    assert summary["population"] == population
+    assert (summary["total_timesteps"], summary["steps_per_second"]) == (3000, 800.0)
+    assert summary["return_last_100_episodes"] == 1.5
+
+
 def test_summary_falls_back_on_the_last_evaluation_and_on_nothing(tmp_path: Path) -> None:
     summary = json.loads(write_summary(write_run(tmp_path / "a"), seed=0, status="finished").read_text())
     assert summary["evaluation"] == {"mean": 60.0, "low": 30.0, "high": 80.0, "episodes": None}
     assert "error" not in summary
+    assert "population" not in summary
     empty = json.loads(write_summary(write_run(tmp_path / "b", rows=0), seed=0, status="interrupted").read_text())
     assert empty["total_timesteps"] == 0
     assert empty["steps_per_second"] is empty["return_last_100_episodes"] is empty["evaluation"]["mean"] is None
-
-
-class Clock:
-    """Time that passes only when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-METRICS = {
-    "rollout/ep_rew_mean": 123.45,
-    "rollout/ep_len_mean": 67.0,
-    "train/value_loss": 0.01234,
-    "train/policy_loss": -0.0056,
-    "train/approx_kl": 0.0078,
-    "vgs/scaling_factor": 0.91,
-    "time/steps_per_second": 2345.6,
-}
-
-
-def test_plain_lines_come_every_five_seconds_and_at_the_end() -> None:
-    output, clock = io.StringIO(), Clock()
-    with LiveView(10_000, "job", console=Console(file=output, width=40), clock=clock) as view:
-        for step in range(1000, 7000, 1000):
-            clock.now += 2.0
-            view.update(step, METRICS)
-    lines = output.getvalue().splitlines()
-    assert [line.partition(" · ")[0] for line in lines] == [f"{n:,} / 10,000 steps ({n // 100}%)" for n in (3000, 6000)]
-    numbers = "return 123.5 · length 67.0 · value loss 0.01234 · policy loss -0.0056 · VGS factor 0.910 · KL 0.0078"
-    assert lines[0].endswith(f"(30%) · steps/s 2,346 · time left 0:14 · {numbers}")
-    assert "\x1b" not in output.getvalue()
-
-
-def test_the_last_state_is_printed_however_short_the_run_and_never_twice() -> None:
-    output, clock = io.StringIO(), Clock()
-    with pytest.raises(KeyboardInterrupt), LiveView(100, console=Console(file=output), clock=clock) as view:
-        view.update(10, {})
-        raise KeyboardInterrupt
-    assert output.getvalue() == "10 / 100 steps (10%) · steps/s – · time left –\n"
-    with LiveView(100, console=Console(file=output), clock=clock) as view:
-        clock.now += 5.0
-        view.update(100, {})
-    assert output.getvalue().splitlines()[1:] == ["100 / 100 steps (100%) · steps/s 20 · time left 0:00"]
-
-
-def test_a_resumed_run_estimates_from_its_own_steps() -> None:
-    output, clock = io.StringIO(), Clock()
-    with LiveView(10_000, start=9000, console=Console(file=output), clock=clock) as view:
-        clock.now += 10.0
-        view.update(9001, {"rollout/ep_rew_mean": math.nan})
-    assert "(90%) · steps/s 0 · time left 2:46:30 · return nan" in output.getvalue()
-
-
-def test_a_population_shows_mean_and_best() -> None:
-    output, clock = io.StringIO(), Clock()
-    members = {f"rollout/ep_rew_mean/member_{index}": value for index, value in enumerate((math.nan, 1.0, 300.0))}
-    with LiveView(10, console=Console(file=output), clock=clock) as view:
-        view.update(5, METRICS | members)
-    assert "return 123.5 · best return 300.0 · length 67.0" in output.getvalue()
-
-
-def live(output: io.StringIO, clock: Clock, **options: Any) -> LiveView:
-    return LiveView(10_000, "job", console=Console(file=output, width=100, force_terminal=True, **options), clock=clock)
-
-
-def test_a_terminal_is_redrawn_at_most_four_times_a_second() -> None:
-    output, clock = io.StringIO(), Clock()
-    with live(output, clock) as view:
-        for step in range(1, 81):
-            clock.now += 0.0625
-            view.update(step, METRICS)
-    text = output.getvalue()
-    assert 20 <= text.count("/ 10,000 steps") <= 23  # start and end draw as well
-    assert "80 / 10,000 steps (1%)" in text
-    for part in ("job", "━", "steps/s", "2,346", "time left", "10:20", "123.5", "0.01234", "-0.0056", "0.910", "0.0078"):
-        assert part in text
-
-
-def test_no_color_and_dumb_terminals_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    coloured, plain, dumb = io.StringIO(), io.StringIO(), io.StringIO()
-    for output, name, value in ((coloured, "UNUSED", "1"), (plain, "NO_COLOR", "1"), (dumb, "TERM", "dumb")):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            with live(output, Clock()) as view:
-                view.update(5000, METRICS)
-    assert "\x1b[38;5" in coloured.getvalue()
-    assert "\x1b[38;5" not in plain.getvalue()
-    assert "━" in plain.getvalue()
-    assert dumb.getvalue().startswith("5,000 / 10,000 steps (50%) · ")
-
-
-def test_errors_go_to_the_standard_error_unwrapped(capsys: pytest.CaptureFixture[str]) -> None:
-    print_error("job.yaml: [bold]" + "x" * 200 + "\nsecond line")
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "error: job.yaml: [bold]" + "x" * 200 + "\nsecond line\n"

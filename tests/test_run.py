@@ -24,7 +24,8 @@ from hardy import trainer as trainer_module
 from hardy.checkpoint import load_tensors
 from hardy.config import dump_settings, load_settings, settings_from_dict
 from hardy.metrics import METRICS, MetricsWriter
-from hardy.trainer import RunSettings, Trainer
+from hardy.settings import RunSettings
+from hardy.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 ITERATION = 4 * 8
@@ -146,6 +147,7 @@ def test_the_metrics_of_every_iteration(finished: Path) -> None:
     accumulator.Reload()
     tags = set(accumulator.Tags()["scalars"])
     not_here = {"time/total_timesteps", "risk/lambda", "risk/violation"}  # without a limit, and without an adversary
+    not_here |= {metric.name for metric in METRICS.values() if metric.population}
     assert {name for name in METRICS if name not in not_here and not name.startswith("adversary/")} <= tags
     events = accumulator.Scalars("train/value_loss")
     assert [event.step for event in events] == [32, 64, 96, 128]
@@ -515,3 +517,41 @@ def test_a_gymnasium_task_that_cannot_be_made_is_explained(tmp_path: Path) -> No
     finally:
         del gymnasium.registry["NeedsMore-v0"]
     assert list(tmp_path.iterdir()) == []  # refused before anything was made
+
+
+# --------------------------------------------------------------------------------------------------------------------- NaN
+
+
+def break_weights(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+    """A weight that is not a number, from this iteration on."""
+    iterate, left = Trainer.iterate, iter(range(iteration, -1_000_000, -1))
+
+    def broken(self: Trainer, total_timesteps: int) -> Any:
+        if next(left) == 1:
+            self.state.parameters["core.encoder.linears.0.weight"][0, 0, 0] = np.nan
+        return iterate(self, total_timesteps)
+
+    monkeypatch.setattr(Trainer, "iterate", broken)
+
+
+def test_a_single_agent_goes_back_to_its_last_good_state_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_weights(monkeypatch, 4)
+    outcome = train(make_settings(tmp_path, iterations=6, checkpoint={"every": 2 * ITERATION, "keep": 9}))
+    assert outcome.status == "finished"
+    (line,) = [line for line in LINES if "not finite" in line]
+    assert line.startswith("after 128 steps a weight or statistic is not finite: goes on with the weights of step 64")
+    before, after = (load_tensors(outcome.folder / "checkpoints" / f"step_{step:09d}.safetensors")[0] for step in (64, 128))
+    for name, value in after.items():
+        if name.startswith(("parameters.", "optimizer.", "hyper.", "observation.", "reward.moments.")):
+            assert torch.equal(value, before[name]), name
+    assert int(after["timesteps"][0]) == 128 and after["collector.is_first"].all() and not after["collector.recurrent"].any()
+    assert [row["train/skipped_updates"] for row in rows(outcome.folder)[:-1]] == ["0", "0", "0", "2", "0", "0"]
+
+
+def test_with_nothing_to_go_back_to_the_run_fails_with_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_weights(monkeypatch, 1)
+    with pytest.raises(
+        run.DivergedError, match=r"after 32 steps .* not finite, and there is nothing to go back to .*optimizer.lr"
+    ):
+        train(make_settings(tmp_path))
+    assert summary(tmp_path / FOLDER)["status"] == "failed"

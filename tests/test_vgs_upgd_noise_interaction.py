@@ -13,7 +13,7 @@ from hardy.config import load_settings
 from hardy.optim import UPGD, UPGDW, AdaptiveUPGD, OptimizerSettings, VarianceGradientScaler
 from hardy.optim.transforms import Step, TensorOptions
 from hardy.optim.upgd import perturb
-from hardy.trainer import RunSettings
+from hardy.settings import RunSettings
 
 CLASSES = [UPGD, UPGDW, AdaptiveUPGD]
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -5,6 +5,7 @@ from hardy.checkpoint import CheckpointError
 from hardy.config import ConfigError
 from hardy.envs import Drift, DriftSettings, list_envs
 from hardy.optim import UPGD, UPGDW, AdaptiveUPGD, VarianceGradientScaler
+from hardy.pbt import PBTConfig, PBTScheduler, PopulationMember
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +17,9 @@ __all__ = [
     "DistributionalPPO",
     "Drift",
     "DriftSettings",
+    "PBTConfig",
+    "PBTScheduler",
+    "PopulationMember",
     "VarianceGradientScaler",
     "__version__",
     "list_envs",

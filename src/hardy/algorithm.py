@@ -14,7 +14,15 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
+from hardy.checkpoint import (
+    PICKLED,
+    CheckpointError,
+    flatten_state,
+    load_tensors,
+    read_member,
+    restore_state_,
+    save_tensors,
+)
 from hardy.config import ConfigError, nearest, settings_from_dict
 from hardy.console import LiveView
 from hardy.envs import make, make_from
@@ -22,7 +30,8 @@ from hardy.nn.normalizer import RunningMoments
 from hardy.policy import ActorCritic, describe_space, space_from
 from hardy.population import MemberGenerators
 from hardy.rollout import reset_memory_
-from hardy.trainer import ENVIRONMENT, RunSettings, Trainer, mean_over_members
+from hardy.settings import PopulationSettings, RunSettings
+from hardy.trainer import ENVIRONMENT, Trainer, mean_over_members
 
 POLICIES = {"MlpPolicy": "none", "MlpLstmPolicy": "lstm", "MlpGruPolicy": "gru"}
 DEFAULT_MINIBATCHES = 4
@@ -33,6 +42,8 @@ EPISODE_STATE = ("collector.", "reward.running_return")
 """Leaves that belong to running episodes, and so never to a saved model."""
 EnvLike = str | VectorEnv[Any, Any, Any] | Sequence[Callable[[], gymnasium.Env[Any, Any]]]
 Section = Mapping[str, Any]
+Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
+"""Of observations and of actions."""
 
 
 class DistributionalPPO:
@@ -120,7 +131,7 @@ class DistributionalPPO:
         self.settings = trainer.settings
         self.policy = trainer.policy
         self._observation = trainer.state.observation
-        self._spaces: tuple[gymnasium.Space[Any], gymnasium.Space[Any]] = (
+        self._spaces: Spaces = (
             trainer.env.observation_space,
             trainer.env.action_space,
         )
@@ -234,17 +245,7 @@ class DistributionalPPO:
 
     def export_policy(self, path: str | Path) -> Path:
         """Write what `predict` needs and nothing else: weights, observation statistics, shapes."""
-        tensors = {f"parameters.{name}": value.data for name, value in self.policy.named_parameters()}
-        tensors |= {f"observation.{name}": getattr(self._observation, name) for name in ("mean", "var", "count")}
-        observation_space, action_space = self._spaces
-        document = {
-            "kind": "policy",
-            "settings": self.settings.model_dump(mode="json"),
-            "observation_space": describe_space(observation_space),
-            "action_space": describe_space(action_space),
-        }
-        save_tensors(_with_suffix(path), tensors, document)
-        return _with_suffix(path)
+        return _write_policy(path, self.settings, self.policy, self._observation, self._spaces, 0)
 
     @classmethod
     def load(cls, path: str | Path, env: EnvLike | None = None, *, device: str | None = None) -> Self:
@@ -297,26 +298,65 @@ class DistributionalPPO:
         model._copy_policy(tensors)
         return model
 
-    def load_parameters(self, path: str | Path) -> None:
-        """Replace weights and observation statistics by those of a saved policy, model or checkpoint of the same shape.
+    def load_parameters(self, source: str | Path | Mapping[str, Tensor]) -> None:
+        """Replace the weights, and all that belongs to them, by those of a saved policy, model or checkpoint of the same shape.
 
-        The memory of the training environments is reset (see `reset_lstm_states_to_initial`).
+        Observation and return statistics and the optimizer's state come along where the source holds them. The optimizer starts
+        anew where it does not, since moments and utilities of other weights mean nothing. Hyperparameters stay; the memory of
+        the training environments is reset (see `reset_lstm_states_to_initial`).
+
+        Args:
+            source: a file (see `hardy.checkpoint.read_member`), or tensors by dotted path, as
+                `hardy.pbt.PBTScheduler.exploit_and_explore` returns them.
+
+        Warns:
+            UserWarning: a file lacks parts that training would need, as a policy does.
 
         Raises:
-            CheckpointError: the file is unreadable, or belongs to another shape.
+            CheckpointError: the file is unreadable, or the tensors belong to another shape or optimizer.
         """
-        self._copy_policy(load_tensors(_with_suffix(path))[0])
+        if isinstance(source, Mapping):
+            tensors = source
+        else:
+            path = Path(source)
+            tensors = read_member(path if path.suffix in PICKLED else _with_suffix(path)).parameters
+        self._policy_fitting(tensors)
+        if self.trainer is not None:
+            self.trainer.adopt_(tensors)
+        self._copy_policy(tensors)
         self.reset_lstm_states_to_initial()
+
+    @property
+    def hyperparams(self) -> dict[str, float]:
+        """Every tunable number by its dotted path, as training uses it now; schedules multiply it."""
+        return {name: float(value[0]) for name, value in self._require_trainer("hyperparams").state.hyper.items()}
+
+    def set_hyperparams(self, values: Mapping[str, float]) -> None:
+        """Change tunable numbers from the next iteration on.
+
+        Raises:
+            ValueError: a name is unknown or structural, or a value out of range; nothing is changed then.
+        """
+        trainer = self._require_trainer("set_hyperparams")
+        for name, value in values.items():
+            trainer.settings.require_tunable(name, name, value)
+        for name, value in values.items():
+            trainer.state.hyper[name].fill_(value)
 
     @torch.no_grad()
     def _copy_policy(self, tensors: Mapping[str, Tensor]) -> None:
-        targets = {f"parameters.{name}": value for name, value in self.policy.named_parameters()}
-        targets |= {f"observation.{name}": getattr(self._observation, name) for name in ("mean", "var", "count")}
+        for name, value in self._policy_fitting(tensors).items():
+            value.copy_(tensors[name])
+
+    def _policy_fitting(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The policy's own tensors by their names in a file, which must hold all weights, and all or no statistics."""
+        targets: dict[str, Tensor] = {f"parameters.{name}": value for name, value in self.policy.named_parameters()}
+        if any(name.startswith("observation.") for name in tensors):
+            targets |= {f"observation.{name}": getattr(self._observation, name) for name in ("mean", "var", "count")}
         wrong = [name for name, value in targets.items() if name not in tensors or tensors[name].shape != value.shape]
         if wrong:
             raise CheckpointError(f"the file is of another policy: {', '.join(wrong[:5])} missing or of another shape")
-        for name, value in targets.items():
-            value.copy_(tensors[name])
+        return targets
 
     def _require_trainer(self, method: str) -> Trainer:
         if self.trainer is None:
@@ -328,6 +368,28 @@ class DistributionalPPO:
         for kind, theirs, ours in zip(("observation", "action"), given, self._spaces, strict=True):
             if theirs != ours:
                 raise ValueError(f"env has {kind} space {theirs}: the model was trained with {ours}")
+
+
+def export_policy(trainer: Trainer, path: str | Path, member: int = 0) -> Path:
+    """Write the policy of one member of a population, for `DistributionalPPO.load` to read."""
+    spaces = trainer.env.observation_space, trainer.env.action_space
+    return _write_policy(path, trainer.settings, trainer.policy, trainer.state.observation, spaces, member)
+
+
+def _write_policy(
+    path: str | Path, settings: RunSettings, policy: ActorCritic, observation: RunningMoments, spaces: Spaces, member: int
+) -> Path:
+    row = slice(member, member + 1)
+    tensors = {f"parameters.{name}": value.data[row] for name, value in policy.named_parameters()}
+    tensors |= {f"observation.{name}": getattr(observation, name)[row] for name in ("mean", "var", "count")}
+    document = {
+        "kind": "policy",
+        "settings": settings.model_copy(update={"population": PopulationSettings()}).model_dump(mode="json"),
+        "observation_space": describe_space(spaces[0]),
+        "action_space": describe_space(spaces[1]),
+    }
+    save_tensors(_with_suffix(path), tensors, document)
+    return _with_suffix(path)
 
 
 def _episode_state(trainer: Trainer) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Checkpoint files: tensors and a JSON document in one safetensors file, written so that a kill at any instant loses nothing.
 
-Nothing here unpickles: reading a stranger's file cannot run his code.
+Reading a stranger's file cannot run his code: nothing is unpickled but the tensors of older files, by a reader that refuses
+everything else.
 """
 
 from __future__ import annotations
@@ -9,20 +10,43 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hardy.config import nearest
 from hardy.population import leaves
 
 FORMAT_VERSION = 1
 _METADATA_KEY = "hardy"
 _STEP_FILE = re.compile(r"step_(\d+)\.safetensors")
+CheckpointFormat = Literal["v2_full_parameters", "v1_policy_only"]
+_FORMAT_OF_KIND: dict[str, CheckpointFormat] = {
+    "model": "v2_full_parameters",
+    "checkpoint": "v2_full_parameters",
+    "policy": "v1_policy_only",
+}
+PICKLED = (".pt", ".pth")
+_COPIED = {
+    "parameters": "weights",
+    "optimizer": "moments, utilities and VGS statistics",
+    "observation": "observation statistics",
+    "reward.moments": "return normaliser",
+    "risk": "multiplier of the CVaR limit",
+    "hyper": "hyperparameters",
+}
+"""Parts of a training state that an exploit copies."""
+_OPTIONAL = ("risk", "hyper")
+"""Parts without which a file is still whole."""
+_OWN = ("reward.running_return", "collector", "timesteps", "generators", "environment")
+"""Parts that a member keeps, or that begin anew."""
 
 
 class CheckpointError(Exception):
@@ -163,6 +187,111 @@ def restore_state_(state: object, tensors: Mapping[str, Tensor], prefix: str = "
 
 def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+@dataclass(frozen=True)
+class MemberCheckpoint:
+    """What an exploit copies from one member's file.
+
+    Args:
+        parameters: tensors ``[1, ...]`` on the CPU by their dotted path in the training state, such as
+            ``parameters.core.weight`` or ``observation.mean``. What a member keeps (random generators, episodes, step
+            counters) is not among them.
+        format: how much the file holds.
+        missing: parts of the state that the file lacks, such as ``optimizer``.
+    """
+
+    parameters: dict[str, Tensor]
+    format: CheckpointFormat
+    missing: tuple[str, ...]
+
+
+def read_member(path: Path) -> MemberCheckpoint:
+    """Read what an exploit copies from the file of one member, whoever wrote it.
+
+    Format ``v2_full_parameters``: weights, optimizer state with VGS statistics, observation and return normalisers. Hardy's
+    files of kind "model" and "checkpoint", or a ``.pt`` file of one mapping::
+
+        {"checkpoint_format": "v2_full_parameters",
+         "parameters": {...}, "optimizer": {...}, "observation": {...}, "reward": {...}}
+
+    Format ``v1_policy_only``: weights, perhaps observation statistics. Hardy's files of kind "policy", or a ``.pt`` file::
+
+        {"checkpoint_format": "v1_policy_only", "parameters": {...}}
+
+    In a ``.pt`` file each part is a mapping, nested or not, of names to tensors whose first axis is one member; ``hyper`` is
+    allowed too, and so are plain numbers and texts beside the parts, which are not read. ``.pt`` and ``.pth`` files are read by
+    torch's weights-only reader, all others as safetensors: no file can run code.
+
+    Warns:
+        UserWarning: the file lacks parts, which are named.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, hostile, not of these layouts, or holds several members.
+    """
+    tensors, format = _read_pickled(path) if path.suffix in PICKLED else _read_own(path)
+    copied = {name: tensor for name, tensor in tensors.items() if not _is_of(name, _OWN)}
+    for name, tensor in copied.items():
+        if not _is_of(name, _COPIED):
+            raise CheckpointError(f"{path}: unknown part {name!r}{nearest(name, _COPIED)}; allowed are {', '.join(_COPIED)}")
+        if tensor.ndim == 0 or tensor.shape[0] != 1:
+            raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}: one member has a first axis of 1")
+    needed = [part for part in _COPIED if part not in _OPTIONAL]
+    missing = tuple(part for part in needed if not any(_is_of(name, (part,)) for name in copied))
+    if "parameters" in missing:
+        raise CheckpointError(f"{path}: holds no weights ('parameters')")
+    if missing and format == "v2_full_parameters":
+        raise CheckpointError(f"{path}: says {format}, but lacks {', '.join(missing)}")
+    if missing:
+        lacks = "; ".join(f"{part} ({_COPIED[part]})" for part in missing)
+        warnings.warn(f"{path}: {format} lacks {lacks}; a member that takes it over has none of the source's", stacklevel=2)
+    return MemberCheckpoint(copied, format, missing)
+
+
+def _is_of(name: str, parts: Iterable[str]) -> bool:
+    return any(name == part or name.startswith((f"{part}.", f"{part}/")) for part in parts)
+
+
+def _read_own(path: Path) -> tuple[dict[str, Tensor], CheckpointFormat]:
+    try:
+        tensors, document = load_tensors(path)
+    except (OSError, SafetensorError) as error:  # removed or replaced between two looks at it, by the member that owns it
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    kind = document.get("kind")
+    if not isinstance(kind, str) or kind not in _FORMAT_OF_KIND:
+        raise CheckpointError(f"{path}: holds a {kind!r}; allowed are {', '.join(_FORMAT_OF_KIND)}")
+    seeds = document.get("seeds", [0])
+    if not isinstance(seeds, list) or len(seeds) != 1:
+        raise CheckpointError(f"{path}: holds a population with the seeds {seeds}; allowed is a single member")
+    return tensors, _FORMAT_OF_KIND[kind]
+
+
+def _read_pickled(path: Path) -> tuple[dict[str, Tensor], CheckpointFormat]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except Exception as error:  # damaged or hostile bytes can fail anywhere in the reader, in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: truncated, no PyTorch file, or more than weights in it ({reason})") from None
+    formats = sorted(set(_FORMAT_OF_KIND.values()))
+    found = content.get("checkpoint_format") if isinstance(content, dict) else None
+    if found not in formats:
+        hint = nearest(str(found), formats)
+        raise CheckpointError(f"{path}: checkpoint_format = {found!r}: must be one of {', '.join(formats)}{hint}")
+    parts = {name: value for name, value in content.items() if not isinstance(value, (str, int, float, type(None)))}
+    return dict(_flattened(path, parts)), found
+
+
+def _flattened(path: Path, tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flattened(path, value, f"{name}.")
+        elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+            yield name, value.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            raise CheckpointError(f"{path}: {name} is a {type(value).__name__}: allowed are dense tensors and mappings of them")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: ``hardy train | resume | eval | attack | config | envs``."""
+"""The command line: ``hardy train | pbt | resume | eval | attack | config | envs``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from hardy.checkpoint import CheckpointError, package_version
 from hardy.config import ConfigError, dump_settings, load_settings, nearest
 from hardy.console import print_error
 from hardy.envs import list_envs
-from hardy.trainer import RunSettings
+from hardy.evolution import PopulationLostError
+from hardy.settings import RunSettings
 
-USER_ERROR, INTERRUPTED = 2, 130
+FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 EPSILONS = (0.05, 0.1, 0.2)
 """Radii of `hardy attack` where none is given."""
 app = typer.Typer(
@@ -59,8 +60,18 @@ def _options(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Train the agent that CONFIG describes; results go to artifacts/<run>/."""
+    """Train the agent, or the population, that CONFIG describes; results go to artifacts/<run>/."""
     settings = load_settings(RunSettings, config, overrides or [])
+    _finish(run.train(settings, config.stem, _say))
+
+
+@app.command()
+def pbt(config: Config, overrides: Overrides = None) -> None:
+    """Train the population that CONFIG describes (population.size, pbt.*), its members learning from one another."""
+    settings = load_settings(RunSettings, config, overrides or [])
+    size = settings.population.size
+    if size < 2:
+        raise ConfigError([f"population.size = {size}: must be at least 2; add for instance population.size=8"])
     _finish(run.train(settings, config.stem, _say))
 
 
@@ -179,3 +190,6 @@ def main() -> None:
     except (ConfigError, CheckpointError) as error:
         print_error(str(error))
         sys.exit(USER_ERROR)
+    except (PopulationLostError, run.DivergedError) as error:
+        print_error(str(error))
+        sys.exit(FAILED)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
+from typing import TypeAlias
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -15,6 +17,7 @@ from rich.text import Text
 
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 5.0
+_MEMBERS = 16
 _SHOWN = (
     ("return", "rollout/ep_rew_mean", ".1f"),
     ("length", "rollout/ep_len_mean", ".1f"),
@@ -25,12 +28,15 @@ _SHOWN = (
     ("task changes", "env/drift_changes", ".0f"),
 )
 
+Row: TypeAlias = Mapping[str, str | float | int]
+"""What a population's table says about one member, by the head of the column."""
+
 
 class LiveView:
     """Progress of a run; a context manager.
 
     In a terminal a small table is redrawn at most four times a second. Elsewhere, in a log file or a pipe, one plain line is
-    printed every five seconds and one at the end. ``NO_COLOR`` is respected.
+    printed every five seconds and one at the end, and a population's table at each exchange. ``NO_COLOR`` is respected.
 
     Args:
         total: steps at which the run ends.
@@ -54,6 +60,7 @@ class LiveView:
         self._start, self._step = start, start
         self._began = self._drawn = clock()
         self._metrics: dict[str, float] = {}
+        self._members: list[Row] = []
         self._pending = False
         terminal = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live = Live(console=self._console, auto_refresh=False) if terminal else None
@@ -86,6 +93,22 @@ class LiveView:
         self._pending = True
         if self._clock() - self._drawn >= (_LINE_SECONDS if self._live is None else _REFRESH_SECONDS):
             self._draw()
+
+    def members(self, rows: Sequence[Row]) -> None:
+        """Show the table of a population, the best member first and the worst last; of many members, the 16 best.
+
+        In a terminal it stays until the next call; elsewhere it is printed, once.
+
+        Args:
+            rows: one per member, all with the same keys, which become the head of the table: ``member``, ``score``, and
+                whatever else there is to tell. A number that is not finite is shown as a dash.
+        """
+        self._members = sorted(rows, key=_rank)
+        if self._live is not None:
+            self._draw()
+        elif self._members:
+            for line in _MemberTable(self._members, _MEMBERS).lines():
+                self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _draw(self) -> None:
         self._drawn = self._clock()
@@ -125,7 +148,70 @@ class LiveView:
         cells = [Text(part, style="dim" if index == 0 else "") for pair in self._numbers() for index, part in enumerate(pair)]
         for first in range(0, len(cells), 6):
             body.add_row(*cells[first : first + 6])
-        return Group(head, body)
+        if not self._members:
+            return Group(head, body)
+        room = self._console.height - body.row_count - 4  # what does not fit would be cut off, and with it how many there are
+        table = _MemberTable(self._members, max(1, min(_MEMBERS, room)))
+        return Group(head, body, Text(), table.rich(self._console.width))
+
+
+class _MemberTable:
+    """The table of a population, of which the first ``shown`` rows are shown; they come sorted."""
+
+    def __init__(self, rows: Sequence[Row], shown: int) -> None:
+        ranks = [""] * len(rows)
+        if len(rows) > 1:
+            ranks[0], ranks[-1] = "best" if math.isfinite(_score(rows[0])) else "", "worst"
+        columns = [("", False, ranks)] + [_column(key, [row[key] for row in rows]) for key in rows[0]]
+        worst = ", ".join(f"{key} {cells[-1]}" for key, _, cells in columns if key in ("member", "score"))
+        self.columns = [(key, number, cells[:shown]) for key, number, cells in columns]
+        self.more = f"… and {len(rows) - shown} more, the worst: {worst}" if len(rows) > shown else ""
+
+    def lines(self) -> list[str]:
+        """As plain text, aligned."""
+        padded = []
+        for key, number, cells in self.columns:
+            width = max(map(len, (key, *cells)))
+            padded.append([text.rjust(width) if number else text.ljust(width) for text in (key, *cells)])
+        lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+        return [*lines, self.more] if self.more else lines
+
+    def rich(self, width: int) -> RenderableType:
+        """For a terminal; columns that do not fit are named below instead, since half a number is a wrong one."""
+        ends = itertools.accumulate(max(map(len, (key, *cells))) + 2 for key, _, cells in self.columns)
+        fitting = [column for column, end in zip(self.columns, ends, strict=True) if end - 2 <= width]
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        for key, number, _ in fitting:
+            table.add_column(Text(key), justify="right" if number else "left", no_wrap=True)
+        for row in zip(*(cells for _, _, cells in fitting), strict=True):
+            table.add_row(*map(Text, row), style={"best": "green", "worst": "red"}.get(row[0], ""))
+        hidden = ", ".join(key for key, _, _ in self.columns[len(fitting) :])
+        notes = [note for note in (self.more, hidden and f"no room for {hidden}") if note]
+        return Group(table, Text("; ".join(notes), style="dim", no_wrap=True, overflow="ellipsis")) if notes else table
+
+
+def _column(key: str, values: Sequence[str | float | int]) -> tuple[str, bool, list[str]]:
+    """Its head, whether it holds numbers, and its cells: equally many decimals, unless the numbers span orders of magnitude."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    sizes = [abs(number) for number in numbers if math.isfinite(number) and number != 0]
+    spec = ".3g"
+    if all(isinstance(number, int) for number in numbers):
+        spec = "d"
+    elif sizes and min(sizes) > max(sizes) / 100:
+        decimals = 3 - math.floor(math.log10(max(sizes)))
+        spec = f".{max(decimals, 0)}f" if decimals < 7 else spec
+    cells = [value if isinstance(value, str) else _or_dash(value, spec) for value in values]
+    return key, len(numbers) == len(values), cells
+
+
+def _score(row: Row) -> float:
+    score = row.get("score", math.nan)
+    return math.nan if isinstance(score, str) else float(score)
+
+
+def _rank(row: Row) -> float:
+    score = _score(row)
+    return -score if math.isfinite(score) else math.inf
 
 
 def print_error(message: str) -> None:
@@ -134,7 +220,7 @@ def print_error(message: str) -> None:
     console.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
 
 
-def _or_dash(value: float, spec: str) -> str:
+def _or_dash(value: float | int, spec: str) -> str:
     return format(value, spec) if math.isfinite(value) else "–"
 
 

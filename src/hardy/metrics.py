@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ FILE_NAME = "metrics.csv"
 STEP = "time/total_timesteps"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Metric:
     """One metric, as docs/metrics.md explains it at length.
 
@@ -30,6 +30,8 @@ class Metric:
         meaning: one line.
         healthy: the range or the course to expect.
         per_member: whether every member of the population has its own value.
+        population: whether it exists only where the population has more than one member.
+        only_parts: whether it has no value itself, so no column, but only parts ``name/<part>``.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Metric:
     meaning: str
     healthy: str
     per_member: bool = True
+    population: bool = False
+    only_parts: bool = False
 
 
 _ALL = (
@@ -73,6 +77,20 @@ _ALL = (
     Metric("eval/mean", "reward", "mean return of a clean evaluation", "rises"),
     Metric("eval/low", "reward", "lower end of the 95 % interval of that mean", "close to the mean"),
     Metric("eval/high", "reward", "upper end of the 95 % interval of that mean", "close to the mean"),
+    *(
+        dataclasses.replace(metric, population=True)
+        for metric in (
+            Metric("pbt/score", "reward", "clean evaluation by which the members are compared", "rises"),
+            Metric("pbt/score_best", "reward", "highest score of any member", "rises", per_member=False),
+            Metric("pbt/score_mean", "reward", "mean score of the members", "follows the best", per_member=False),
+            Metric("pbt/score_std", "reward", "standard deviation of the members' scores", "falls, not to 0", per_member=False),
+            Metric("pbt/exploitation_count", "exploits", "members replaced so far", "grows, slower later", per_member=False),
+            Metric("pbt/post_exploit_value_loss_ratio", "1", "value loss after an exploit over that before it", "about 1"),
+            Metric("pbt/lineage_depth", "exploits", "exploits among the ancestors of the member", "grows"),
+            Metric("pbt/age", "exchanges", "exchanges since the member was last replaced", "spread over the members"),
+            Metric("pbt/hyperparam", "its own", "value of a tuned hyperparameter, as a part", "moves", only_parts=True),
+        )
+    ),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
@@ -82,9 +100,9 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 class MetricsWriter:
     """One row per iteration, in ``metrics.csv`` and as TensorBoard events.
 
-    A single agent has one column per metric. A population has a further column ``name/member_<i>`` for each member, and the
-    plain name holds the mean over the members whose value is finite. The columns are fixed when the file is made; what is
-    missing stays empty. Every row is on its way to the disk before `write` returns.
+    A single agent has one column per metric, but none for those of a population. A population has a further column
+    ``name/member_<i>`` for each member, and the plain name holds the mean over the members whose value is finite. The columns
+    are fixed when the file is made; what is missing stays empty. Every row is on its way to the disk before `write` returns.
 
     Args:
         folder: the run's folder; it is made.
@@ -127,7 +145,8 @@ class MetricsWriter:
             The row: plain names, and with a population the members' as well.
 
         Raises:
-            ValueError: a name is not registered, or a tensor's shape is not ``[P]``.
+            ValueError: a name is not registered, has parts only, or is a population's while there is a single agent; or a
+                tensor's shape is not ``[P]``.
         """
         row: dict[str, float] = {STEP: float(step)}
         for name, value in values.items():
@@ -140,8 +159,13 @@ class MetricsWriter:
         return row
 
     def _entries(self, name: str, value: Tensor | float | int) -> dict[str, float]:
-        if name not in METRICS and name.rpartition("/")[0] not in METRICS:
+        metric = METRICS.get(name) or METRICS.get(name.rpartition("/")[0])
+        if metric is None:
             raise ValueError(f"metric '{name}' is not registered{nearest(name, METRICS)}")
+        if metric.population and self.members == 1:
+            raise ValueError(f"metric '{name}' is that of a population: a single agent has none")
+        if metric.only_parts and metric.name == name:
+            raise ValueError(f"metric '{name}' has no value itself: give it parts, '{name}/<part>'")
         if not isinstance(value, Tensor) or value.ndim == 0:
             return {name: float(value)}
         if value.shape != (self.members,):
@@ -191,6 +215,8 @@ def _member(name: str, index: int) -> str:
 def _columns(members: int) -> list[str]:
     columns: list[str] = []
     for metric in METRICS.values():
+        if metric.only_parts or (metric.population and members == 1):
+            continue
         columns.append(metric.name)
         if members > 1 and metric.per_member:
             columns += [_member(metric.name, index) for index in range(members)]

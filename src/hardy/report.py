@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,13 @@ from typing import Any, Literal
 import numpy as np
 
 from hardy.checkpoint import package_version, write_bytes_atomic, write_json_atomic
+from hardy.figures import BLUE, GREEN, INK, MUTED, ORANGE, RED, label_steps, legend_above, new_figure, png, set_title, style
 from hardy.metrics import STEP, read_metrics
 from hardy.nn.parallel import available_cores
 
 Status = Literal["finished", "interrupted", "failed"]
 SUMMARY = "summary.json"
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
-_BLUE, _ORANGE, _GREEN = "#2563eb", "#d97706", "#059669"
-_SERIES = (_BLUE, _ORANGE, _GREEN, "#dc2626", "#7c3aed")
+_SERIES = (BLUE, ORANGE, GREEN, RED, "#7c3aed")
 _VERSIONS = ("hardy", "torch", "numpy", "gymnasium")
 
 
@@ -32,33 +30,32 @@ def learning_curve(folder: Path) -> Path:
     Raises:
         FileNotFoundError: the folder holds no ``metrics.csv``.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only reports need it
-    from matplotlib.figure import Figure
-
     metrics = read_metrics(folder)
-    figure = Figure(figsize=(9, 5.4), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 5.4)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
-    top.set_title(folder.resolve().name, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=26)
+    set_title(top, folder.resolve().name)
     _draw_return(top, metrics)
     _draw_losses(bottom, metrics)
     for axes in (top, bottom):
-        _style(axes)
+        style(axes)
         for index, step in enumerate(_changes(metrics)):
             label = "task changes" if axes is top and index == 0 else None
-            axes.axvline(step, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1, label=label)
-    if top.get_legend_handles_labels()[0]:
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "ncols": 4}  # never over the curve
-        top.legend(**place, frameon=False, fontsize=9, labelcolor=_INK, handlelength=1.6, columnspacing=1.6, borderpad=0)
-    bottom.set_xlabel("environment steps", color=_INK)
-    bottom.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.axvline(step, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1, label=label)
+    legend_above(top)
+    label_steps(bottom)
     path = folder / "learning_curve.png"
-    write_bytes_atomic(path, _png(figure))
+    write_bytes_atomic(path, png(figure))
     return path
 
 
 def write_summary(
-    folder: Path, *, seed: int, status: Status, evaluation: Mapping[str, float | int] | None = None, error: str | None = None
+    folder: Path,
+    *,
+    seed: int,
+    status: Status,
+    evaluation: Mapping[str, float | int] | None = None,
+    error: str | None = None,
+    population: Mapping[str, int] | None = None,
 ) -> Path:
     """Write ``summary.json``: what was run, how long it took, how well it went, and on what.
 
@@ -69,6 +66,8 @@ def write_summary(
         evaluation: the final evaluation's ``mean``, ``low``, ``high`` and ``episodes``. Without it, the last one in
             ``metrics.csv``, whose number of episodes is not known.
         error: what went wrong, for a run that failed.
+        population: of more than one member, its ``size``, ``best_member`` and number of ``exploits``. Then the return is the
+            mean over the members, ``total_timesteps`` are those of one member, and the steps per second those of all.
 
     Raises:
         FileNotFoundError: the folder holds no ``metrics.csv``.
@@ -77,18 +76,21 @@ def write_summary(
     if evaluation is None:
         evaluation = {name: _last(metrics, f"eval/{name}") for name in ("mean", "low", "high")}
     steps, seconds = _last(metrics, STEP), _last(metrics, "time/elapsed")
+    members = 1 if population is None else population["size"]
     summary: dict[str, Any] = {
         "run": folder.resolve().name,
         "status": status,
         "seed": seed,
         "total_timesteps": 0 if math.isnan(steps) else int(steps),
         "wall_time_seconds": _number(seconds),
-        "steps_per_second": _number(steps / seconds) if seconds > 0 else None,
+        "steps_per_second": _number(members * steps / seconds) if seconds > 0 else None,
         "return_last_100_episodes": _number(_last(metrics, "rollout/ep_rew_mean")),
         "evaluation": {name: _number(evaluation.get(name)) for name in ("mean", "low", "high", "episodes")},
         "versions": {"python": platform.python_version()} | {name: package_version(name) for name in _VERSIONS},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": available_cores()},
     }
+    if population is not None:
+        summary["population"] = dict(population)
     if error is not None:
         summary["error"] = error
     path = folder / SUMMARY
@@ -102,29 +104,24 @@ def attack_report(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     Args:
         rows: ``attack``, ``epsilon``, ``mean``, ``low``, ``high`` and ``episodes`` each; the first is without attack.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     written = [{name: value if isinstance(value, str) else _number(value) for name, value in row.items()} for row in rows]
     write_json_atomic(folder / "attack.json", written)
-    figure = Figure(figsize=(9, 4.2), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: Any = figure.subplots()
-    axes.set_title(folder.resolve().name, loc="left", fontsize=13, fontweight="bold", color=_INK, pad=26)
+    figure = new_figure(9.0, 4.2)
+    axes = figure.subplots()
+    set_title(axes, folder.resolve().name)
     natural, attacked = rows[0], rows[1:]
-    axes.axhspan(natural["low"], natural["high"], color=_MUTED, alpha=0.2, linewidth=0, label="natural")
+    axes.axhspan(natural["low"], natural["high"], color=MUTED, alpha=0.2, linewidth=0, label="natural")
     for color, name in zip(_SERIES, dict.fromkeys(row["attack"] for row in attacked), strict=False):
         points = [natural, *sorted((row for row in attacked if row["attack"] == name), key=lambda row: row["epsilon"])]
         radius, mean, low, high = (np.array([row[key] for row in points]) for key in ("epsilon", "mean", "low", "high"))
         error = np.nan_to_num(np.abs(np.stack([low, high]) - mean), posinf=0.0)
         axes.errorbar(radius, mean, yerr=error, color=color, marker="o", markersize=4, capsize=3, linewidth=1.6, label=name)
-    _style(axes)
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3, "ncols": 6}
-    axes.legend(**place, frameon=False, fontsize=9, labelcolor=_INK, handlelength=1.6, columnspacing=1.6, borderpad=0)
-    axes.set_xlabel("radius of the attack, in deviations of the normalised observation", color=_INK)
-    axes.set_ylabel("return", color=_INK)
+    style(axes)
+    legend_above(axes)
+    axes.set_xlabel("radius of the attack, in deviations of the normalised observation", color=INK)
+    axes.set_ylabel("return", color=INK)
     path = folder / "attack.png"
-    write_bytes_atomic(path, _png(figure))
+    write_bytes_atomic(path, png(figure))
     return path
 
 
@@ -136,52 +133,37 @@ def _draw_return(axes: Any, metrics: Mapping[str, np.ndarray]) -> None:
         table = np.stack([metrics[column] for column in members])
         known = np.isfinite(table).any(axis=0)
         low, high = np.nanmin(table[:, known], axis=0), np.nanmax(table[:, known], axis=0)
-        axes.fill_between(metrics[STEP][known], low, high, color=_BLUE, alpha=0.15, linewidth=0, label="worst to best member")
+        axes.fill_between(metrics[STEP][known], low, high, color=BLUE, alpha=0.15, linewidth=0, label="worst to best member")
     else:
-        axes.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1, label="training return")
+        axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="training return")
     cuts = np.searchsorted(steps, _changes(metrics))  # smoothing across a change would show the fall before its cause
     smooth = np.concatenate([_smooth(part) for part in np.split(values, cuts)])
-    axes.plot(steps, smooth, color=_BLUE, linewidth=2, label="mean of members" if members else "smoothed")
+    axes.plot(steps, smooth, color=BLUE, linewidth=2, label="mean of members" if members else "smoothed")
     at, mean = _points(metrics, "eval/mean")
     if len(at):
         known = np.isfinite(metrics["eval/mean"])  # not by step: the last iteration's own row has the same one
         spread = np.stack([metrics[f"eval/{end}"][known] for end in ("low", "high")])
         error = np.nan_to_num(np.abs(spread - mean), posinf=0.0)
-        style = {"fmt": "o", "color": _GREEN, "markersize": 5, "capsize": 3, "linewidth": 1.2, "zorder": 4}
+        style = {"fmt": "o", "color": GREEN, "markersize": 5, "capsize": 3, "linewidth": 1.2, "zorder": 4}
         axes.errorbar(at, mean, yerr=error, label="evaluation, 95 % interval", **style)
-    axes.set_ylabel("return", color=_INK)
+    axes.set_ylabel("return", color=INK)
 
 
 def _draw_losses(axes: Any, metrics: Mapping[str, np.ndarray]) -> None:
     steps, loss = _points(metrics, "train/value_loss")
-    axes.plot(steps, loss, color=_ORANGE, linewidth=1.4)
-    axes.set_ylabel("value loss", color=_ORANGE)
+    axes.plot(steps, loss, color=ORANGE, linewidth=1.4)
+    axes.set_ylabel("value loss", color=ORANGE)
     if len(loss) and loss.min() > 0 and loss.max() > 50 * loss.min():
         axes.set_yscale("log")
     steps, factor = _points(metrics, "vgs/scaling_factor")
     if len(steps):
         right = axes.twinx()
-        right.plot(steps, factor, color=_GREEN, linewidth=1.4)
+        right.plot(steps, factor, color=GREEN, linewidth=1.4)
         right.set_ylim(-0.08, 1.08)
         right.set_yticks((0, 0.5, 1))
-        right.set_ylabel("VGS factor", color=_GREEN)
-        right.tick_params(colors=_MUTED, length=0, labelsize=9)
+        right.set_ylabel("VGS factor", color=GREEN)
+        right.tick_params(colors=MUTED, length=0, labelsize=9)
         right.spines[:].set_visible(False)
-
-
-def _style(axes: Any) -> None:
-    axes.grid(True, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, length=0, labelsize=9)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.margins(x=0.01)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _points(metrics: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -103,6 +103,28 @@ def reset_memory_(state: CollectorState, where: Bool[Tensor, "P E"] | None = Non
 
 
 @torch.no_grad()
+def burn_in_(
+    state: CollectorState, policy: ActorCritic, recent: Rollout, normalize: Normalize, where: Bool[Tensor, "P E"]
+) -> None:
+    """Rebuild the memory of running episodes by replaying their observations through the policy as it is now, in place.
+
+    The replay starts from a memory of zeros at the begin of ``recent``; what an episode saw before that is lost. Where the
+    result is not finite, the memory stays as it is.
+
+    Args:
+        recent: the last rollout of the same environments.
+        normalize: the observation normaliser as it is now.
+        where: environments to rebuild; the next step continues their episodes.
+    """
+    memory = torch.zeros_like(state.recurrent)
+    for t in range(recent.raw_obs.shape[1]):
+        memory = policy.step(normalize(recent.raw_obs[:, t]), memory, recent.is_first[:, t])[2]
+    rebuilt = where & memory.isfinite().all(-1)
+    state.recurrent.copy_(torch.where(rebuilt.unsqueeze(-1), memory, state.recurrent))
+    state.is_first.masked_fill_(rebuilt, False)
+
+
+@torch.no_grad()
 def collect(
     env: BatchedEnv, policy: ActorCritic, state: CollectorState, normalize: Normalize, noise: MemberGenerators, steps: int
 ) -> Rollout:

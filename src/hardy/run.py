@@ -9,36 +9,44 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import gymnasium
 import numpy as np
 from scipy import stats
 
 from hardy.adversary import Attack
-from hardy.algorithm import DistributionalPPO
+from hardy.algorithm import export_policy
 from hardy.checkpoint import (
     CheckpointError,
     checkpoint_path,
     latest_checkpoint,
     prune_checkpoints,
-    read_document,
     write_text_atomic,
 )
 from hardy.config import ConfigError, dump_settings, load_settings, tunables
 from hardy.console import LiveView
 from hardy.envs import make
+from hardy.evolution import Evolution, replay
+from hardy.lineage import MemberRecord, PopulationWriter, best_member, read_population
 from hardy.metrics import MetricsWriter
+from hardy.population_report import lineage_picture, schedule_picture
 from hardy.report import SUMMARY, Status, attack_report, learning_curve, write_summary
 from hardy.robustness import attacked_returns
-from hardy.trainer import RunSettings, Trainer
+from hardy.settings import RunSettings
+from hardy.trainer import Metrics, Trainer
 
-CONFIG, CHECKPOINTS, POLICY = "config.yaml", "checkpoints", "policy.safetensors"
+CONFIG, CHECKPOINTS, POLICY, SCHEDULE = "config.yaml", "checkpoints", "policy.safetensors", "schedule.yaml"
 CONFIDENCE = 0.95
 STOPPING = "finishing this iteration; press Ctrl-C again to stop at once"
+
+
+class DivergedError(Exception):
+    """The only agent of a run has weights that are not finite, and there is no earlier state to go back to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,20 +104,20 @@ def new_folder(settings: RunSettings, name: str) -> Path:
     return folder
 
 
-def make_trainer(settings: RunSettings, seeds: list[int] | None = None) -> Trainer:
+def make_trainer(settings: RunSettings) -> Trainer:
     """A trainer whose environments and optimizer exist.
 
     Raises:
         ConfigError: a setting that only the parts themselves can judge is impossible, such as an unknown environment.
     """
     try:
-        env = make(settings.env, [settings.seed] if seeds is None else seeds)
+        env = make(settings.env, settings.member_seeds, drift_seeds=settings.drift_seeds)
     except (TypeError, ImportError, gymnasium.error.Error) as error:  # what env.kwargs or a missing extra make an id raise
         raise ConfigError([f"env.id = '{settings.env.id}', env.kwargs = {settings.env.kwargs}: {error}"]) from error
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     try:
-        return Trainer(settings, seeds, env)
+        return Trainer(settings, env=env)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 
@@ -143,41 +151,60 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     settings = load_settings(RunSettings, folder / CONFIG, overrides)
     if settings.seed != before.seed:
         raise ConfigError([f"seed = {settings.seed}: {folder} began with seed {before.seed}, which cannot change any more"])
+    if settings.population != before.population:
+        given, size = settings.population.size, before.population.size
+        raise ConfigError([f"population.size = {given}: {folder} began with {size} members, which cannot change any more"])
+    old = tunables(before)
+    changed = {name: value for name, value in tunables(settings).items() if value != old.get(name)}
+    tuned = [name for name in settings.pbt.hyperparams if name in changed and settings.population.size > 1]
+    if tuned:
+        raise ConfigError(
+            [
+                f"{name} = {changed[name]:g}: the population tunes it; allowed is a new range in pbt.hyperparams"
+                for name in tuned
+            ]
+        )
+    if settings.population.size > 1 and settings.pbt.hyperparams.keys() != before.pbt.hyperparams.keys():
+        names = ", ".join(before.pbt.hyperparams)
+        raise ConfigError([f"pbt.hyperparams: {folder} began with {names}; their spaces may change, their names no more"])
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: say(f"skipped {error}"))
     trainer = make_trainer(settings)
     document = trainer.restore(path)
-    old = tunables(before)
-    for name, value in tunables(settings).items():
-        if value != old.get(name):  # else the checkpoint's, which may have been tuned since
-            trainer.state.hyper[name].fill_(value)
+    for name, value in changed.items():  # the others are the checkpoint's
+        trainer.state.hyper[name].fill_(value)
     if trainer.timesteps >= settings.total_timesteps and _is_finished(folder, trainer.timesteps):
         raise ConfigError(
             [f"total_timesteps = {settings.total_timesteps}: {folder} is at {trainer.timesteps} already; give a larger number"]
         )
     write_text_atomic(folder / CONFIG, dump_settings(settings))
     say(f"resuming {folder} at {trainer.timesteps:,} steps")
-    return _Run(trainer, folder, say, elapsed=document["elapsed"]).to_the_end(trainer.timesteps)
+    run = _Run(trainer, folder, say, elapsed=document["elapsed"])
+    if run.evolution is not None:
+        run.evolution.restore(document["evolution"])
+    return run.to_the_end(trainer.timesteps)
 
 
 def evaluate(folder: Path, episodes: int | None, seed: int | None) -> Evaluation:
     """Evaluate the newest usable checkpoint of a run in fresh environments, in the physics that the run ended with.
 
+    Of a population, the member that scored best last.
+
     Raises:
         ConfigError: the folder holds no configuration.
         CheckpointError: there is no usable checkpoint.
     """
-    trainer = _restored(folder)
+    trainer, member = _restored(folder)
     chosen = trainer.settings.evaluation
-    return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[0])
+    return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[member])
 
 
-def _restored(folder: Path) -> Trainer:
-    """The newest usable checkpoint of a run."""
+def _restored(folder: Path) -> tuple[Trainer, int]:
+    """The newest usable checkpoint of a run, and of a population the member that scored best last."""
     settings = load_settings(RunSettings, folder / CONFIG)
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
-    trainer = make_trainer(settings, seeds=read_document(path)["seeds"])
+    trainer = make_trainer(settings)
     trainer.restore(path)
-    return trainer
+    return trainer, best_member(read_population(folder)) if settings.population.size > 1 else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +221,8 @@ def attack(
 ) -> list[AttackResult]:
     """Attack the newest usable checkpoint of a run, on the episodes of `evaluate`; leaves ``attack.json`` and ``attack.png``.
 
+    Of a population, the member that scored best last.
+
     Args:
         attacks: each is tried at each of ``epsilons``, radii in deviations of the normalised observation.
 
@@ -204,13 +233,13 @@ def attack(
         ConfigError: the folder holds no configuration.
         CheckpointError: there is no usable checkpoint.
     """
-    trainer = _restored(folder)
+    trainer, member = _restored(folder)
     chosen = trainer.settings.evaluation
     count, deterministic = episodes or chosen.episodes, chosen.deterministic
-    natural = trainer.evaluate(count, deterministic=deterministic, seed=seed)[0]
+    natural = trainer.evaluate(count, deterministic=deterministic, seed=seed)[member]
     results = [AttackResult("natural", 0.0, summarise(natural))]
     for method, epsilon in itertools.product(attacks, epsilons):
-        returns = attacked_returns(trainer, method, epsilon, count, deterministic=deterministic, seed=seed)[0]
+        returns = attacked_returns(trainer, method, epsilon, count, deterministic=deterministic, seed=seed)[member]
         results.append(AttackResult(method.name, epsilon, summarise(returns)))
     attack_report(folder, [{"attack": r.name, "epsilon": r.epsilon, **dataclasses.asdict(r.evaluation)} for r in results])
     return results
@@ -223,15 +252,23 @@ class _Run:
         self._began = time.monotonic() - elapsed
         self._saved = trainer.timesteps
         self.evaluation: Evaluation | None = None
+        self.evolution = Evolution(trainer) if len(trainer.seeds) > 1 else None
+        self._population: PopulationWriter | None = None
 
     def to_the_end(self, resume_step: int | None) -> Outcome:
         total = self.settings.total_timesteps
         status: Status = "failed"
         error = None
-        with MetricsWriter(self.folder, len(self.trainer.seeds), resume_step) as writer:
+        with ExitStack() as files:
+            writer = files.enter_context(MetricsWriter(self.folder, len(self.trainer.seeds), resume_step))
+            if self.evolution is not None:
+                names = list(self.settings.pbt.hyperparams)
+                self._population = files.enter_context(PopulationWriter(self.folder, names, resume_step))
             try:
                 with _interruptible(self.say) as interrupted:
                     with LiveView(total, self.folder.name, self.trainer.timesteps) as view:
+                        if self.evolution is not None and resume_step is None:
+                            self._tell(self.evolution.start(), view)
                         while self.trainer.timesteps < total:
                             self._iterate(total, writer, view)
                             if interrupted():  # not before the first iteration: what has no checkpoint cannot be resumed
@@ -252,18 +289,38 @@ class _Run:
                     status=status,
                     evaluation=None if self.evaluation is None else dataclasses.asdict(self.evaluation),
                     error=error,
+                    population=self._population_summary(),
                 )
                 learning_curve(self.folder)
+                if self.evolution is not None:
+                    lineage_picture(self.folder)
+                    schedule_picture(self.folder)
         return Outcome(self.folder, status, self.evaluation)
 
     def _iterate(self, total: int, writer: MetricsWriter, view: LiveView) -> None:
         trainer = self.trainer
         metrics = trainer.iterate(total)
+        if self.evolution is None and not trainer.sound().all():
+            self._fall_back()
+        if self.evolution is not None:
+            metrics |= self.evolution.watch(metrics)
+            if self.evolution.due(total):
+                self._tell(self.evolution.exchange(), view)
+                metrics |= self.evolution.metrics()
         metrics["time/elapsed"] = self._elapsed
         view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
         # After the row: a kill in between repeats the iteration, the other order would lose its row.
         if trainer.timesteps - self._saved >= self.settings.checkpoint.every:
             self._save()
+
+    def _fall_back(self) -> None:
+        """A member of a population is healed by the next exchange; a single agent has only its own past."""
+        broken = f"after {self.trainer.timesteps:,} steps a weight or statistic is not finite"
+        try:
+            step = self.trainer.fall_back_(latest_checkpoint(self.folder / CHECKPOINTS))
+        except CheckpointError as error:
+            raise DivergedError(f"{broken}, and there is nothing to go back to ({error}); try a lower optimizer.lr") from None
+        self.say(f"{broken}: goes on with the weights of step {step:,}; if this repeats, try a lower optimizer.lr")
 
     @property
     def _elapsed(self) -> float:
@@ -274,17 +331,63 @@ class _Run:
             return
         folder = self.folder / CHECKPOINTS
         folder.mkdir(exist_ok=True)
-        self.trainer.save(checkpoint_path(folder, self.trainer.timesteps), {"elapsed": self._elapsed})
+        document: dict[str, Any] = {"elapsed": self._elapsed}
+        if self.evolution is not None:
+            document["evolution"] = self.evolution.document()
+        self.trainer.save(checkpoint_path(folder, self.trainer.timesteps), document)
         prune_checkpoints(folder, self.settings.checkpoint.keep)
-        DistributionalPPO.of(self.trainer).export_policy(self.folder / POLICY)
+        export_policy(self.trainer, self.folder / POLICY, self._best)
         self._saved = self.trainer.timesteps
 
     def _evaluate(self, writer: MetricsWriter, stop: Callable[[], bool]) -> None:
         # After the checkpoint, in a row of its own: whatever happens to the evaluation, the training is not lost.
         chosen = self.settings.evaluation
-        self.evaluation = summarise(self.trainer.evaluate(chosen.episodes, deterministic=chosen.deterministic, stop=stop)[0])
-        row = {f"eval/{name}": getattr(self.evaluation, name) for name in ("mean", "low", "high")}
+        row: Metrics = {}
+        if self.evolution is not None:
+            self._tell(self.evolution.finish(), None)
+            row |= self.evolution.metrics()
+            export_policy(self.trainer, self.folder / POLICY, self._best)
+            write_text_atomic(self.folder / SCHEDULE, dump_settings(replay(self.settings, read_population(self.folder))))
+        # The best member in other episodes than those in which it was found to be the best.
+        returns = self.trainer.evaluate(chosen.episodes, deterministic=chosen.deterministic, stop=stop)
+        self.evaluation = summarise(returns[self._best])
+        row |= {f"eval/{name}": getattr(self.evaluation, name) for name in ("mean", "low", "high")}
         writer.write(self.trainer.timesteps, row)
+
+    @property
+    def _best(self) -> int:
+        return 0 if self.evolution is None else self.evolution.best_member
+
+    def _tell(self, records: Sequence[MemberRecord], view: LiveView | None) -> None:
+        """Write what happened to the members, and show it."""
+        assert self._population is not None
+        self._population.write(records)
+        if view is not None:
+            view.members([_shown(record) for record in records])
+
+    def _population_summary(self) -> dict[str, int] | None:
+        if self.evolution is None:
+            return None
+        return {"size": len(self.trainer.seeds), "best_member": self._best, "exploits": self.evolution.exploits}
+
+
+def _short(name: str, names: Iterable[str]) -> str:
+    """The last part of a dotted path, the whole of it where another one ends alike."""
+    last = name.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in names) == 1 else name
+
+
+def _shown(record: MemberRecord) -> dict[str, str | float | int]:
+    """A member's row of the live table."""
+    happened = record.event if record.parent == record.member else f"{record.event} from {record.parent}"
+    return {
+        "member": record.member,
+        "score": record.score,
+        "±": record.standard_error,
+        "age": record.age,
+        **{_short(name, record.after): value for name, value in record.after.items()},
+        "last exchange": happened,
+    }
 
 
 def _is_finished(folder: Path, step: int) -> bool:

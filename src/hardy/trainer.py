@@ -8,28 +8,49 @@ import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from pydantic import Field, model_validator
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hardy.adversary import AdversarySettings
 from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
-from hardy.config import Settings, tunables
-from hardy.envs import BatchedEnv, Drift, EnvSettings, make
-from hardy.nn.normalizer import NormalizerSettings, ReturnNormalizer, RunningMoments
+from hardy.config import tunables
+from hardy.envs import BatchedEnv, Drift, make
+from hardy.nn.normalizer import ReturnNormalizer, RunningMoments
 from hardy.nn.parallel import available_cores, set_threads
-from hardy.ops.critic import Critic, CriticSettings
 from hardy.ops.plasticity import dormant_fraction, effective_rank
-from hardy.ops.risk import Objective, RiskSettings, RiskState
-from hardy.optim import OptimizerSettings, OptimizerState, PopulationOptimizer, VGSSettings
-from hardy.policy import ActorCritic, PolicySettings, describe_space
-from hardy.population import MemberGenerators, copied, expand, kept, member_norm, nested, stream_seed, training_state
-from hardy.ppo import PPO, PPOSettings, scheduled
-from hardy.rollout import Alter, CollectorState, Rollout, collect, evaluate, restart_, running_scores, start
+from hardy.ops.risk import Objective, RiskState
+from hardy.optim import OptimizerState, PopulationOptimizer
+from hardy.policy import ActorCritic, describe_space
+from hardy.population import (
+    ExploitRule,
+    MemberGenerators,
+    copied,
+    expand,
+    exploit_,
+    kept,
+    leaves,
+    member_norm,
+    nested,
+    stream_seed,
+    training_state,
+)
+from hardy.ppo import PPO, scheduled
+from hardy.rollout import (
+    Alter,
+    CollectorState,
+    Rollout,
+    burn_in_,
+    collect,
+    evaluate,
+    reset_memory_,
+    restart_,
+    running_scores,
+    start,
+)
+from hardy.settings import RunSettings
 
 PLASTICITY_SAMPLES = 512
 """Steps of a rollout on which the plasticity measures are taken: their cost stays small."""
@@ -39,81 +60,9 @@ PLASTICITY_EVERY = 10
 """Iterations between two such measurements."""
 ENVIRONMENT = "environment/"
 """Prefix of the environments' arrays in a checkpoint."""
+ADOPTED = ("optimizer.", "reward.moments.", "risk.")
+"""Parts of the state that belong to the weights, beside the observation statistics."""
 Metrics = dict[str, Tensor | float]
-
-
-class EvaluationSettings(Settings):
-    """The evaluation at the end of a run, and the default of ``hardy eval``."""
-
-    episodes: int = Field(20, ge=2)
-    deterministic: bool = True
-    """Take the most probable action instead of a sample."""
-    max_steps: int = Field(100_000, ge=1)
-    """Steps after which an episode that does not end counts with its return so far."""
-
-
-class CheckpointSettings(Settings):
-    """When the whole training state is written."""
-
-    every: int = Field(50_000, ge=1)
-    """Environment steps of one member between two checkpoints."""
-    keep: int = Field(2, ge=1)
-    """Checkpoints that stay in the folder: the newest ones."""
-
-
-class RunSettings(Settings):
-    """Everything that decides a run: the sections of the parts, composed."""
-
-    seed: int = Field(0, ge=0)
-    total_timesteps: int = Field(100_000, ge=1)
-    """Environment steps of one member, rounded up to whole rollouts."""
-    artifacts_dir: str = Field("artifacts", min_length=1)
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int | None = Field(None, ge=1, le=1024)
-    """Processor threads; ``null`` takes every core the process may use."""
-    env: EnvSettings
-    policy: PolicySettings = PolicySettings()
-    critic: CriticSettings = CriticSettings()
-    risk: RiskSettings = RiskSettings()
-    adversary: AdversarySettings = AdversarySettings()
-    ppo: PPOSettings = PPOSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    vgs: VGSSettings = VGSSettings()
-    normalizer: NormalizerSettings = NormalizerSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
-        smallest = self.env.num_envs // self.ppo.n_minibatches
-        if smallest == 0:
-            raise ValueError(
-                f"ppo.n_minibatches = {self.ppo.n_minibatches}: at most env.num_envs = {self.env.num_envs}, "
-                "since a minibatch holds whole sequences"
-            )
-        if smallest < self.microbatches:
-            raise ValueError(
-                f"vgs.microbatches = {self.vgs.microbatches}: at most {smallest}, the environments in one minibatch "
-                f"(env.num_envs = {self.env.num_envs} over ppo.n_minibatches = {self.ppo.n_minibatches})"
-            )
-        if self.env.num_envs % (self.ppo.n_minibatches * self.microbatches) and self.microbatches > 1:
-            raise ValueError(
-                f"vgs.estimator = 'microbatch': env.num_envs = {self.env.num_envs} must be a multiple of ppo.n_minibatches * "
-                f"vgs.microbatches = {self.ppo.n_minibatches * self.microbatches}, since unequal parts would count as noise"
-            )
-        if self.risk.used and Critic.head_size(self.critic) == 1:
-            raise ValueError(
-                f"risk.weight = {self.risk.weight}, risk.cvar_limit = {self.risk.cvar_limit}: risk needs a distribution, but "
-                f"critic.kind = '{self.critic.kind}' predicts a single number here; use several quantiles or atoms"
-            )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device = 'cuda': this machine has no CUDA device that PyTorch can use; allowed is 'cpu'")
-        return self
-
-    @property
-    def microbatches(self) -> int:
-        """Parts of a minibatch whose gradients are taken one by one."""
-        return self.vgs.microbatches if self.vgs.enabled and self.vgs.estimator == "microbatch" else 1
 
 
 @training_state
@@ -138,7 +87,7 @@ class Trainer:
 
     Args:
         settings: the run; all members start from the same hyperparameters.
-        seeds: one seed per member; by default one member with ``settings.seed``.
+        seeds: one seed per member; by default those of ``settings.population``.
         env: the environments, member after member, ``settings.env.num_envs`` each; by default made from ``settings.env``.
         dtype: precision of weights and state.
 
@@ -154,11 +103,13 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.settings = settings
-        self.seeds = [settings.seed] if seeds is None else _checked_seeds(seeds)
+        self.seeds = settings.member_seeds if seeds is None else _checked_seeds(seeds)
+        self.drift_seeds = settings.drift_seeds if seeds is None else self.seeds
+        """Of members that are given their own seeds, each one's world changes in its own way."""
         self.iteration = 0
         set_threads(settings.threads or available_cores(), recurrent=settings.policy.memory != "none")
         members = len(self.seeds)
-        self.env = make(settings.env, self.seeds, settings.env.num_envs) if env is None else env
+        self.env = make(settings.env, self.seeds, drift_seeds=self.drift_seeds) if env is None else env
         self.policy = ActorCritic(
             self.env.observation_space, self.env.action_space, settings.policy, settings.critic, self.seeds
         ).to(device=settings.device, dtype=dtype)
@@ -182,6 +133,8 @@ class Trainer:
         )
         objective = Objective(self.policy.values, settings.risk, self.state.risk)
         self.ppo = PPO(self.policy, optimizer, settings.ppo, objective, settings.adversary, settings.microbatches)
+        self.recent: Rollout | None = None
+        """The last rollout, which a burn-in replays."""
 
     @property
     def timesteps(self) -> int:
@@ -222,7 +175,8 @@ class Trainer:
             raise ValueError(f"total_timesteps = {total_timesteps}: must be at least 1")
         began = time.perf_counter()
         state = self.state
-        rollout = collect(
+        self._follow_schedule()
+        rollout = self.recent = collect(
             self.env, self.policy, state.collector, self.normalize, state.generators["action"], self.settings.ppo.n_steps
         )
         progress = self.timesteps / total_timesteps
@@ -241,6 +195,12 @@ class Trainer:
         metrics["time/total_timesteps"] = float(self.timesteps)
         metrics["time/steps_per_second"] = len(self.seeds) * self.steps_per_iteration / (time.perf_counter() - began)
         return metrics
+
+    def _follow_schedule(self) -> None:
+        for change in self.settings.schedule:
+            if change.step <= self.timesteps:
+                for name, value in change.values.items():
+                    self.state.hyper[name].fill_(value)
 
     def _scale_rewards(self, rollout: Rollout, gamma: Float[Tensor, "P"]) -> Rollout:
         settings = self.settings.normalizer
@@ -274,6 +234,99 @@ class Trainer:
             "plasticity/weight_norm": member_norm(list(self.ppo.parameters.values())),
         }
 
+    def sound(self) -> Bool[np.ndarray, "P"]:
+        """Members all of whose state that an exploit copies (weights, optimizer, statistics, hyperparameters) is finite."""
+        copied_leaves = [leaf.tensor for leaf in leaves(self.state) if leaf.rule is ExploitRule.COPY]
+        found = [tensor.isfinite().reshape(len(self.seeds), -1).all(1).cpu() for tensor in copied_leaves]
+        return np.asarray(torch.stack(found).all(0).numpy())
+
+    @torch.no_grad()
+    def exploit_(self, source: Int[np.ndarray, "P"], keeps_hyperparams: Bool[np.ndarray, "P"] | None = None) -> None:
+        """Let every member with ``source[p] != p`` become member ``source[p]``, between two iterations.
+
+        The optimizer's state follows ``pbt.optimizer_exploit_strategy``. The memory that the old weights wrote goes, always:
+        what stands in its place is the choice of ``pbt.after_exploit``. An environment whose observation is not finite begins a
+        new episode where it can.
+
+        Args:
+            keeps_hyperparams: replaced members that keep their own hyperparameters.
+        """
+        state, device = self.state, self.policy.device
+        chosen = torch.from_numpy(source).to(device)
+        replaced = chosen != torch.arange(len(chosen), device=device)
+        if not replaced.any():
+            return
+        ongoing = ~state.collector.is_first
+        own = {name: value.clone() for name, value in state.hyper.items()}
+        exploit_(state, chosen)
+        if self.settings.pbt.optimizer_exploit_strategy == "reset":
+            fresh = self.ppo.optimizer.init(self.ppo.parameters)
+            for leaf, new in zip(leaves(state.optimizer), leaves(fresh), strict=True):
+                leaf.tensor[replaced] = new.tensor[replaced]
+        if keeps_hyperparams is not None:
+            keeping = torch.from_numpy(keeps_hyperparams).to(device)
+            for name, value in state.hyper.items():
+                value[keeping] = own[name][keeping]
+        begun = self._begin_episodes(replaced)
+        if self.settings.pbt.after_exploit == "burn_in" and self.recent is not None:
+            burn_in_(state.collector, self.policy, self.recent, self.normalize, replaced[:, None] & ongoing & ~begun)
+
+    @torch.no_grad()
+    def fall_back_(self, path: Path) -> int:
+        """Take weights, optimizer, statistics and hyperparameters from a checkpoint of this run; all else goes on.
+
+        Returns:
+            The step of the checkpoint.
+
+        Raises:
+            CheckpointError: the file is unreadable or belongs to another structure.
+        """
+        tensors, document = load_tensors(path, "checkpoint")
+        for leaf in leaves(self.state):
+            if leaf.rule is ExploitRule.COPY:
+                if leaf.path not in tensors or tensors[leaf.path].shape != leaf.tensor.shape:
+                    raise CheckpointError(f"{path}: {leaf.path} is missing or of another shape")
+                leaf.restore_(tensors[leaf.path])
+        reset_memory_(self.state.collector)
+        return int(document["timesteps"])
+
+    @torch.no_grad()
+    def adopt_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the optimizer's state and the return statistics that belong to weights from elsewhere.
+
+        An optimizer whose state is not given starts anew.
+
+        Raises:
+            CheckpointError: they are of another optimizer or shape; nothing is changed then.
+        """
+        fresh = self.ppo.optimizer.init(self.ppo.parameters)
+        values = {leaf.path: leaf.tensor for leaf in leaves(fresh, "optimizer.")}
+        mine = {leaf.path: leaf for leaf in leaves(self.state) if leaf.path.startswith(ADOPTED)}
+        for part in ADOPTED:
+            given = {name: tensor for name, tensor in tensors.items() if name.startswith(part)}
+            own = {name: leaf.tensor for name, leaf in mine.items() if name.startswith(part)}
+            names = given.keys() | own.keys()
+            wrong = [name for name in names if name not in given or name not in own or given[name].shape != own[name].shape]
+            if given and wrong:
+                raise CheckpointError(f"the state is of another optimizer: {', '.join(sorted(wrong)[:5])} do not fit")
+            values |= given
+        for name, value in values.items():
+            mine[name].tensor.copy_(value)
+
+    def _begin_episodes(self, replaced: Bool[Tensor, "P"]) -> Bool[Tensor, "P E"]:
+        """New episodes for the replaced members: everywhere if that is wanted, else where an observation is not finite."""
+        collector = self.state.collector
+        broken = ~collector.obs.isfinite().all(-1)
+        everywhere = torch.full_like(broken, self.settings.pbt.after_exploit == "reset_env")
+        rows = replaced[:, None] & (everywhere | broken)
+        if not rows.any() or not self.env.resets_rows:
+            return torch.zeros_like(rows)
+        obs = self.policy.flatten(self.env.reset_rows(rows.flatten().cpu().numpy()), len(self.seeds))
+        collector.obs[rows] = obs[rows]
+        for counter in (collector.episode_return, collector.episode_length):
+            counter[rows.cpu()] = 0
+        return rows
+
     def evaluate(
         self,
         episodes: int,
@@ -296,7 +349,7 @@ class Trainer:
         members = len(self.seeds)
         common = stream_seed(self.settings.seed, "evaluation") if seed is None else seed
         reached = self.env.steps if isinstance(self.env, Drift) else self.timesteps
-        env = make(self.settings.env, [common] * members, episodes, drift_step=reached, drift_seeds=self.seeds)
+        env = make(self.settings.env, [common] * members, episodes, drift_step=reached, drift_seeds=self.drift_seeds)
         try:
             noise = MemberGenerators([common] * members, "evaluation")
             limit = self.settings.evaluation.max_steps
@@ -311,6 +364,7 @@ class Trainer:
             # A run whose task did not drift says nothing about it: its steps are then the nearest there is.
             self.env.set_steps(np.array(document.get("drift_steps") or self.state.timesteps.tolist()))
         restart_(self.state.collector, self.env, self.policy)
+        self.recent = None
         self.state.reward.running_return.zero_()
 
     def document(self) -> dict[str, Any]:
@@ -349,6 +403,7 @@ class Trainer:
             raise CheckpointError(f"{path}: holds the seeds {document['seeds']}, the run has {self.seeds}")
         arrays = {name: tensors.pop(name).numpy() for name in list(tensors) if name.startswith(ENVIRONMENT)}
         restore_state_(self.state, tensors)
+        self.recent = None
         self.iteration = document["iteration"]
         if document["environment"] is None:
             self.restart_episodes(document)

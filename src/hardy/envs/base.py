@@ -66,6 +66,22 @@ class BatchedEnv(abc.ABC):
             ValueError: the actions' shape, type or range does not fit the action space.
         """
 
+    @property
+    def resets_rows(self) -> bool:
+        """Whether `reset_rows` works here."""
+        return False
+
+    def reset_rows(self, rows: Bool[np.ndarray, "N"]) -> Float32[np.ndarray, "N *obs"]:
+        """Start a new episode in some rows, at least one; the others stay where they are.
+
+        Returns:
+            What the policy sees next; only the chosen rows mean anything.
+
+        Raises:
+            ValueError: these environments start episodes in all rows or none.
+        """
+        raise ValueError(f"{type(self).__name__} cannot start an episode in some rows only")
+
     def close(self) -> None:
         """Free what the environments hold."""
         return None

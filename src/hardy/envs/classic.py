@@ -82,6 +82,14 @@ class ClassicControl(BatchedEnv):
         self._start(range(self.num_envs))
         return self._observe()
 
+    @property
+    def resets_rows(self) -> bool:
+        return True
+
+    def reset_rows(self, rows: Bool[np.ndarray, "N"]) -> Float32[np.ndarray, "N O"]:
+        self._start(rows.nonzero()[0].tolist())
+        return self._observe()
+
     def step(self, actions: Shaped[np.ndarray, "N ..."]) -> EnvStep:
         reward, terminated = self._advance(as_actions(actions, self.action_space, self.num_envs))
         self._elapsed += 1

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from gymnasium.spaces import Box
-from jaxtyping import Float, Float32, Float64, Int, Int64, Shaped
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Shaped
 from pydantic import BeforeValidator, Field, model_validator
 
 from hardy.config import Settings, nearest
@@ -196,6 +196,13 @@ class Drift(BatchedEnv):
 
     def reset(self) -> Float32[np.ndarray, "N *obs"]:
         return self._see(self._env.reset())
+
+    @property
+    def resets_rows(self) -> bool:
+        return self._env.resets_rows
+
+    def reset_rows(self, rows: Bool[np.ndarray, "N"]) -> Float32[np.ndarray, "N *obs"]:
+        return self._see(self._env.reset_rows(rows))
 
     def step(self, actions: Shaped[np.ndarray, "N ..."]) -> EnvStep:
         step = self._env.step(actions)

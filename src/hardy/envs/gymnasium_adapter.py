@@ -70,7 +70,7 @@ class GymVectorEnv(BatchedEnv):
             if self._mode is AutoresetMode.SAME_STEP:
                 final_obs = self._final_obs(obs, ended, infos)
             elif self._mode is AutoresetMode.DISABLED:
-                obs = self._reset_rows(obs, ended)
+                obs = np.where(_rows_of(ended, obs), self.reset_rows(ended), obs)
         return EnvStep(obs, reward, terminated, truncated, final_obs, is_first=is_first, valid=~ignored)
 
     def _final_obs(
@@ -86,11 +86,18 @@ class GymVectorEnv(BatchedEnv):
             final[row] = _as_float32(infos["final_obs"][row])
         return final
 
-    def _reset_rows(self, obs: Float32[np.ndarray, "N *obs"], ended: Bool[np.ndarray, "N"]) -> Float32[np.ndarray, "N *obs"]:
-        fresh, _ = self._env.reset(options={"reset_mask": ended})
-        obs = obs.copy()
-        obs[ended] = _as_float32(fresh)[ended]
-        return obs
+    @property
+    def resets_rows(self) -> bool:
+        # Others may take the mask of the option for a reset of everything.
+        known = isinstance(self._env.unwrapped, (SyncVectorEnv, AsyncVectorEnv))
+        return known or self._mode is AutoresetMode.DISABLED
+
+    def reset_rows(self, rows: Bool[np.ndarray, "N"]) -> Float32[np.ndarray, "N *obs"]:
+        if not self.resets_rows:
+            return super().reset_rows(rows)
+        fresh, _ = self._env.reset(options={"reset_mask": rows.copy()})
+        self._ended = self._ended & ~rows
+        return _as_float32(fresh)
 
     def close(self) -> None:
         self._env.close()
@@ -104,6 +111,11 @@ class GymVectorEnv(BatchedEnv):
         require_name("physics", name, self._physics)
         for single, value in zip(self._env.unwrapped.envs, values, strict=True):  # type: ignore[attr-defined]
             setattr(single.unwrapped, name, float(value))
+
+
+def _rows_of(rows: Bool[np.ndarray, "N"], values: Shaped[np.ndarray, "N ..."]) -> Bool[np.ndarray, "N ..."]:
+    """The mask with as many axes as ``values``."""
+    return rows.reshape(-1, *([1] * (values.ndim - 1)))
 
 
 def _as_float32(value: Any) -> Float32[np.ndarray, "..."]:
