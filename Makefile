@@ -38,11 +38,11 @@ bench: $(INSTALLED) ## measure training speed beside sb3-contrib, which goes int
 	$(BIN)/python -m benchmarks.throughput
 
 clean: ## remove environments, caches and builds; artifacts/ stays
-	rm -rf .venv .venv-bench src/hardy/nn/*.so build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv .venv-bench src/hardy/*/*.so build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
-# What the compiled recurrence is built from: a change installs anew.
-KERNEL := setup.py $(wildcard src/hardy/nn/*.cpp src/hardy/nn/*.h)
+# What the compiled libraries are built from: a change installs anew.
+KERNEL := setup.py $(wildcard src/hardy/*/*.cpp src/hardy/*/*.h)
 
 $(INSTALLED): pyproject.toml constraints.txt $(KERNEL)
 	@command -v $(PYTHON) >/dev/null || { echo "Hardy needs Python 3.11 or newer, and $(PYTHON) is not there: make PYTHON=/path/to/python" >&2; exit 1; }

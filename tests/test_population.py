@@ -376,10 +376,10 @@ def test_streams_of_different_names_are_different_streams(left: tuple[Any, ...],
     assert stream_seed(*left) != stream_seed(*right)
 
 
-def drawn(generators: MemberGenerators) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(generators: MemberGenerators) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = len(generators)
     normal, uniform = torch.empty(size, 7, 3), torch.empty(size, 11)
-    return generators.normal_(normal), generators.uniform_(uniform), generators.permutations(13)
+    return generators.normal_(normal), generators.uniform_(uniform), generators.permutations(13), generators.keys()
 
 
 def test_a_member_draws_the_same_in_any_population() -> None:
@@ -398,9 +398,9 @@ def test_a_member_draws_the_same_into_any_layout() -> None:
 
 
 def test_members_and_streams_draw_differently() -> None:
-    normal, uniform, permutation = drawn(MemberGenerators([11, 12], "noise"))
+    normal, uniform, permutation, keys = drawn(MemberGenerators([11, 12], "noise"))
     assert not torch.equal(normal[0], normal[1]) and not torch.equal(uniform[0], uniform[1])
-    assert not torch.equal(permutation[0], permutation[1])
+    assert not torch.equal(permutation[0], permutation[1]) and keys[0] != keys[1]
     assert not torch.equal(normal, drawn(MemberGenerators([11, 12], "update"))[0])
     assert uniform.ge(0).all() and uniform.lt(1).all()
     assert permutation.sort(1).values.eq(torch.arange(13)).all()
@@ -415,9 +415,19 @@ def test_a_member_left_out_neither_draws_nor_changes() -> None:
     assert torch.equal(order[1], torch.arange(13)) and torch.equal(order[[0, 2]], reference.permutations(13)[[0, 2]])
     second = partial.uniform_(torch.full((3, 5), 9.0), torch.tensor([False, True, False]))
     assert second[[0, 2]].eq(9.0).all() and second[1].lt(1).all()
-    # Member 1 drew nothing but these uniform numbers, so from here it is where a fresh one is after the same draw.
+    keys = partial.keys(torch.tensor([False, True, False]))
+    assert keys[[0, 2]].eq(0).all()
+    # Member 1 drew nothing but these uniform numbers and its key, so it is where a fresh one is after the same draws.
     fresh = MemberGenerators([2], "noise")
     assert torch.equal(second[1], fresh.uniform_(torch.empty(1, 5))[0])
+    assert keys[1] == fresh.keys()[0]
+
+
+def test_keys_use_all_their_bits() -> None:
+    generators = MemberGenerators([7], "noise")
+    keys = torch.cat([generators.keys() for _ in range(200)])
+    assert keys.ge(0).all() and len(keys.unique()) == 200
+    assert all(40 < int((keys >> bit & 1).sum()) < 160 for bit in range(63))
 
 
 def test_generator_states_round_trip() -> None:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardy.nn import compiled, recurrent
-from hardy.nn.parallel import pool, set_threads
 from hardy.nn.recurrent import StackedRecurrent
 from hardy.nn.rows import plan_rows
+from hardy.parallel import pool, set_threads
 
 KINDS = ("lstm", "gru")
 

@@ -338,8 +338,11 @@ class DistributionalPPO:
             ValueError: a name is unknown or structural, or a value out of range; nothing is changed then.
         """
         trainer = self._require_trainer("set_hyperparams")
+        scheduled = {name for change in trainer.settings.schedule for name in change.values}
         for name, value in values.items():
             trainer.settings.require_tunable(name, name, value)
+            if name in scheduled:
+                raise ValueError(f"{name} = {value}: the schedule of this run sets it")
         for name, value in values.items():
             trainer.state.hyper[name].fill_(value)
 

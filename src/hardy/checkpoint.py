@@ -309,7 +309,7 @@ def latest_checkpoint(folder: Path, on_skip: Callable[[CheckpointError], None] |
     Raises:
         CheckpointError: there is none.
     """
-    for path in reversed(_step_files(folder)):
+    for path in reversed(checkpoints(folder)):
         try:
             read_document(path)
         except CheckpointError as error:
@@ -332,7 +332,7 @@ def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
         raise ValueError(f"keep = {keep}: must be at least 1")
     deleted = list(folder.glob(".step_*.safetensors.tmp"))
     kept = 0
-    for path in reversed(_step_files(folder)):
+    for path in reversed(checkpoints(folder)):
         if kept == keep:
             deleted.append(path)
             continue
@@ -346,6 +346,18 @@ def prune_checkpoints(folder: Path, keep: int) -> list[Path]:
     return deleted
 
 
-def _step_files(folder: Path) -> list[Path]:
-    steps = {path: int(match[1]) for path in folder.glob("step_*") if (match := _STEP_FILE.fullmatch(path.name))}
-    return sorted(steps, key=steps.__getitem__)
+def checkpoints(folder: Path) -> list[Path]:
+    """The ``step_<number>.safetensors`` of a folder, by step, usable or not."""
+    return sorted((path for path in folder.glob("step_*") if _STEP_FILE.fullmatch(path.name)), key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in the name of a checkpoint.
+
+    Raises:
+        ValueError: the file has another name.
+    """
+    match = _STEP_FILE.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path}: a checkpoint is called step_<number>.safetensors")
+    return int(match[1])

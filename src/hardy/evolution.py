@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hardy.lineage import MemberRecord, ancestry, best_member, schedule
+from hardy.lineage import MemberRecord, ancestry, best_member, rank, schedule
 from hardy.pbt import Gain, PBTSettings, Scores, Selection, draw_initial, explore, select
 from hardy.pbt.pb2 import MAX_POINTS
 from hardy.population import stream_seed
@@ -48,6 +48,8 @@ class Evolution:
         self._errors = np.full(members, math.nan)
         self._inherited = np.full(members, math.nan)
         """The score with which each member's weights began the time since the last exchange."""
+        self._learned = np.zeros(members, dtype=bool)
+        """Members that made an update since the last exchange."""
         self._history: list[Gain] = []
         self._value_loss: Float[np.ndarray, "P"] = np.full(members, math.nan)
         self._parents_loss: Float[np.ndarray, "P"] = np.full(members, math.nan)
@@ -56,7 +58,8 @@ class Evolution:
     @property
     def best_member(self) -> int:
         """The member with the highest score of the last exchange, of equal ones the surest; the first one before that."""
-        return int(np.lexsort((np.nan_to_num(self._errors, nan=np.inf), -np.nan_to_num(self._scores, nan=-np.inf)))[0])
+        scored = zip(self._scores.tolist(), self._errors.tolist(), strict=True)
+        return min((rank(score, error), member) for member, (score, error) in enumerate(scored))[1]
 
     def start(self) -> list[MemberRecord]:
         """Give each member its first hyperparameters, where they are drawn."""
@@ -64,8 +67,7 @@ class Evolution:
         before = self._hyperparams()
         if self.settings.initial == "draw":
             self._write(draw_initial(self.settings, members, self.trainer.settings.seed))
-        unscored = np.full(members, math.nan)
-        return self._records(["start"] * members, np.arange(members), unscored, unscored, before)
+        return self._records(0, ["start"] * members, np.arange(members), before)
 
     def due(self, total_timesteps: int) -> bool:
         """Whether an exchange belongs before the next iteration; none at the end, where nobody would train on."""
@@ -83,16 +85,12 @@ class Evolution:
         """
         self.exchanges += 1
         self._last_step = self.trainer.timesteps
-        scores, sound = self._measure()
-        if not sound.any():
-            raise PopulationLostError(
-                f"after {self._last_step:,} steps no member has finite weights, statistics and hyperparameters any more; "
-                "narrow pbt.hyperparams (a lower optimizer.lr first) and start again"
-            )
+        scores = self._measure(self.exchanges)
+        lost = ~np.isfinite(scores.mean)
         selection = self._select(scores)
         before = self._hyperparams()
         self._note_gains(scores.mean, before)
-        self.trainer.exploit_(selection.source, selection.keeps_hyperparams)
+        self.trainer.exploit_(selection.source, selection.keeps_hyperparams, restarts=lost)
         explores = selection.replaced & ~selection.keeps_hyperparams
         self._write(
             explore(
@@ -102,24 +100,28 @@ class Evolution:
         )  # fmt: skip
         self._inherit(selection)
         events = [
-            "kept" if not replaced else "healed" if not whole else "migrated" if keeps else "exploited"
-            for replaced, whole, keeps in zip(selection.replaced, sound, selection.keeps_hyperparams, strict=True)
+            "kept" if not replaced else "healed" if ill else "migrated" if keeps else "exploited"
+            for replaced, ill, keeps in zip(selection.replaced, lost, selection.keeps_hyperparams, strict=True)
         ]
-        return self._records(events, selection.source, scores.mean, scores.standard_error, before)
+        return self._records(self.exchanges, events, selection.source, before)
 
-    def finish(self) -> list[MemberRecord]:
-        """Score all members at the end of the run; nobody is replaced."""
+    def finish(self, stop: Callable[[], bool] = lambda: False) -> list[MemberRecord]:
+        """Score all members at the end of the run; nobody is replaced.
+
+        Raises:
+            PopulationLostError: no member is left that could be scored.
+            KeyboardInterrupt: ``stop``, asked before every step, said so.
+        """
         members = len(self.trainer.seeds)
-        scores, _ = self._measure(self.exchanges + 1)
-        hyperparams = self._hyperparams()
-        records = self._records(["final"] * members, np.arange(members), scores.mean, scores.standard_error, hyperparams)
-        return [dataclasses.replace(record, exchange=self.exchanges + 1) for record in records]
+        self._measure(self.exchanges + 1, stop)
+        return self._records(self.exchanges + 1, ["final"] * members, np.arange(members), self._hyperparams())
 
     def watch(self, metrics: Metrics) -> Metrics:
         """What an iteration tells about the last exchange: metrics to add to its own."""
         loss = metrics["train/value_loss"]
         assert isinstance(loss, Tensor)
         self._value_loss = loss.double().cpu().numpy()
+        self._learned |= np.isfinite(self._value_loss)  # NaN where every update of the iteration was left out
         found: Metrics = {}
         if np.isfinite(self._parents_loss).any():
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -161,19 +163,27 @@ class Evolution:
             values[:] = [math.nan if value is None else value for value in document[name]]
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        names = ("age", "depth", "scores", "errors", "inherited", "value_loss", "parents_loss")
+        names = ("age", "depth", "learned", "scores", "errors", "inherited", "value_loss", "parents_loss")
         return {name: getattr(self, f"_{name}") for name in names}
 
-    def _measure(self, exchange: int | None = None) -> tuple[Scores, np.ndarray]:
-        """Scores from new episodes at every exchange, the same for all members; a member that is not sound has none."""
-        seed = stream_seed(self.trainer.settings.seed, "score", self.exchanges if exchange is None else exchange)
+    def _measure(self, exchange: int, stop: Callable[[], bool] = lambda: False) -> Scores:
+        """Scores from new episodes at every exchange, the same ones for all members.
+
+        A member has none whose state or returns are not finite, or which could not make a single update.
+        """
+        seed = stream_seed(self.trainer.settings.seed, "score", exchange)
         deterministic = self.trainer.settings.evaluation.deterministic
-        returns = self.trainer.evaluate(self.settings.episodes, deterministic=deterministic, seed=seed)
-        sound = self.trainer.sound()
-        mean = np.where(sound, returns.mean(1), math.nan)
-        error = np.where(sound, returns.std(1, ddof=1) / math.sqrt(returns.shape[1]), math.nan)
-        self._scores, self._errors = mean.copy(), error.copy()
-        return Scores(mean, error, returns.shape[1]), sound
+        returns = self.trainer.evaluate(self.settings.episodes, deterministic=deterministic, seed=seed, stop=stop)
+        sound = self.trainer.sound() & self._learned & np.isfinite(returns).all(1)
+        if not sound.any():
+            raise PopulationLostError(
+                f"after {self.trainer.timesteps:,} steps no member has finite weights, statistics, hyperparameters and returns "
+                "any more; narrow pbt.hyperparams (a lower optimizer.lr first) and start again"
+            )
+        episodes = np.where(sound[:, None], returns, 0.0)
+        self._scores = np.where(sound, episodes.mean(1), math.nan)
+        self._errors = np.where(sound, episodes.std(1, ddof=1) / math.sqrt(returns.shape[1]), math.nan)
+        return Scores(self._scores.copy(), self._errors.copy(), returns.shape[1])
 
     def _select(self, scores: Scores) -> Selection:
         members = len(self.trainer.seeds)
@@ -191,6 +201,7 @@ class Evolution:
     def _inherit(self, selection: Selection) -> None:
         source, replaced = selection.source, selection.replaced
         self.exploits += int(replaced.sum())
+        self._learned[:] = False
         self._age = np.where(replaced, 0, self._age + 1)
         self._depth = np.where(replaced, self._depth[source] + 1, self._depth)
         self._inherited = self._scores[source]
@@ -205,16 +216,16 @@ class Evolution:
             self.trainer.state.hyper[name].copy_(torch.from_numpy(column))
 
     def _records(
-        self, events: list[str], parents: np.ndarray, scores: np.ndarray, errors: np.ndarray, before: Mapping[str, np.ndarray]
+        self, exchange: int, events: list[str], parents: np.ndarray, before: Mapping[str, np.ndarray]
     ) -> list[MemberRecord]:
         after = self._hyperparams()
         return [
             MemberRecord(
-                exchange=self.exchanges,
+                exchange=exchange,
                 step=self.trainer.timesteps,
                 member=member,
-                score=float(scores[member]),
-                standard_error=float(errors[member]),
+                score=float(self._scores[member]),
+                standard_error=float(self._errors[member]),
                 parent=int(parents[member]),
                 event=event,
                 age=int(self._age[member]),

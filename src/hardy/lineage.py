@@ -114,11 +114,17 @@ def read_population(folder: Path) -> list[MemberRecord]:
 
     Raises:
         FileNotFoundError: the folder holds no ``population.csv``, as that of a single agent.
+        ValueError: the file is damaged elsewhere than at its end.
     """
-    with (folder / FILE_NAME).open("rb") as file:
-        rows = list(csv.reader(line.decode() for line in file if line.endswith(b"\n")))
-    columns = rows[0] if rows else []
-    return [_record(dict(zip(columns, row, strict=True))) for row in rows[1:] if len(row) == len(columns)]
+    path = folder / FILE_NAME
+    with path.open("rb") as file:
+        lines = [line for line in file if line.endswith(b"\n")]
+    try:
+        rows = list(csv.reader(line.decode() for line in lines))
+        columns = rows[0] if rows else []
+        return [_record(dict(zip(columns, row, strict=True))) for row in rows[1:] if len(row) == len(columns)]
+    except (KeyError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: is damaged: {error}") from error
 
 
 def ancestry(records: Sequence[MemberRecord], member: int) -> list[MemberRecord]:
@@ -170,12 +176,13 @@ def best_member(records: Sequence[MemberRecord]) -> int:
     if not records:
         raise ValueError("records is empty: a population writes its first ones at the start of the run")
     last = max(record.exchange for record in records)
-    return min((_rank(record), record.member) for record in records if record.exchange == last)[1]
+    scored = [record for record in records if record.exchange == last]
+    return min((rank(record.score, record.standard_error), record.member) for record in scored)[1]
 
 
-def _rank(record: MemberRecord) -> tuple[float, float]:
-    score = -record.score if math.isfinite(record.score) else math.inf
-    return score, record.standard_error if math.isfinite(record.standard_error) else math.inf
+def rank(score: float, standard_error: float) -> tuple[float, float]:
+    """What sorts members from best to worst: a higher score first, of equal ones the surer; no finite score last."""
+    return -score if math.isfinite(score) else math.inf, standard_error if math.isfinite(standard_error) else math.inf
 
 
 def _columns(hyperparams: Sequence[str]) -> list[str]:

@@ -158,7 +158,8 @@ def exploit_(state: object, source: Int[Tensor, "P"]) -> None:
         if leaf.rule is ExploitRule.COPY:
             copies[id(leaf.tensor)] = leaf.tensor
     for tensor in copies.values():
-        tensor[rows] = tensor[source[rows]]
+        here = rows.to(tensor.device)
+        tensor[here] = tensor[source[rows].to(tensor.device)]
     reset_(state, replaced)
 
 
@@ -167,7 +168,7 @@ def reset_(state: object, members: Bool[Tensor, "P"]) -> None:
     """Fill the RESET leaves of the selected members with their declared initial values, in place."""
     for leaf in leaves(state):
         if leaf.rule is ExploitRule.RESET:
-            leaf.tensor[members] = cast(Any, leaf.initial)
+            leaf.tensor[members.to(leaf.tensor.device)] = cast(Any, leaf.initial)
 
 
 def expand(
@@ -255,6 +256,13 @@ class MemberGenerators:
         for index, generator in self._selected(members):
             out[index] = torch.empty(out.shape[1:], dtype=out.dtype).uniform_(generator=generator)
         return out
+
+    def keys(self, members: Bool[Tensor, "P"] | None = None) -> Int[Tensor, "P"]:
+        """One number in [0, 2⁶³) per member, the key of a counter-based generator; 0, undrawn, outside ``members``."""
+        drawn = torch.zeros(len(self), dtype=torch.int64)
+        for index, generator in self._selected(members):
+            drawn[index].random_(generator=generator)
+        return drawn
 
     def permutations(self, length: int, members: Bool[Tensor, "P"] | None = None) -> Int[Tensor, "P length"]:
         """One independent permutation of ``0 .. length-1`` per member; those outside ``members`` get the identity, undrawn."""

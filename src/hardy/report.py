@@ -13,7 +13,7 @@ import numpy as np
 from hardy.checkpoint import package_version, write_bytes_atomic, write_json_atomic
 from hardy.figures import BLUE, GREEN, INK, MUTED, ORANGE, RED, label_steps, legend_above, new_figure, png, set_title, style
 from hardy.metrics import STEP, read_metrics
-from hardy.nn.parallel import available_cores
+from hardy.parallel import available_cores
 
 Status = Literal["finished", "interrupted", "failed"]
 SUMMARY = "summary.json"

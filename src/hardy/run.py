@@ -24,14 +24,18 @@ from hardy.algorithm import export_policy
 from hardy.checkpoint import (
     CheckpointError,
     checkpoint_path,
+    checkpoint_step,
+    checkpoints,
     latest_checkpoint,
     prune_checkpoints,
+    read_document,
     write_text_atomic,
 )
-from hardy.config import ConfigError, dump_settings, load_settings, tunables
+from hardy.config import ConfigError, dump_settings, load_settings, settings_from_dict, tunables
 from hardy.console import LiveView
 from hardy.envs import make
 from hardy.evolution import Evolution, replay
+from hardy.lineage import FILE_NAME as POPULATION
 from hardy.lineage import MemberRecord, PopulationWriter, best_member, read_population
 from hardy.metrics import MetricsWriter
 from hardy.population_report import lineage_picture, schedule_picture
@@ -147,7 +151,9 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
         ConfigError: the folder holds no configuration, or it does not fit with ``overrides``.
         CheckpointError: there is no usable checkpoint, or it is of another structure.
     """
-    before = load_settings(RunSettings, folder / CONFIG)
+    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: say(f"skipped {error}"))
+    # Not the configuration's: a resume may have been stopped between writing that and the first checkpoint that follows it.
+    before = settings_from_dict(RunSettings, read_document(path)["settings"])
     settings = load_settings(RunSettings, folder / CONFIG, overrides)
     if settings.seed != before.seed:
         raise ConfigError([f"seed = {settings.seed}: {folder} began with seed {before.seed}, which cannot change any more"])
@@ -156,18 +162,14 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
         raise ConfigError([f"population.size = {given}: {folder} began with {size} members, which cannot change any more"])
     old = tunables(before)
     changed = {name: value for name, value in tunables(settings).items() if value != old.get(name)}
-    tuned = [name for name in settings.pbt.hyperparams if name in changed and settings.population.size > 1]
-    if tuned:
-        raise ConfigError(
-            [
-                f"{name} = {changed[name]:g}: the population tunes it; allowed is a new range in pbt.hyperparams"
-                for name in tuned
-            ]
-        )
+    owners = dict.fromkeys(settings.pbt.hyperparams if settings.population.size > 1 else (), "the population tunes it")
+    owners |= {name: "the schedule sets it" for change in settings.schedule for name in change.values}
+    owned = [f"{name} = {value:g}: {owners[name]}, so it cannot be given" for name, value in changed.items() if name in owners]
+    if owned:
+        raise ConfigError(owned)
     if settings.population.size > 1 and settings.pbt.hyperparams.keys() != before.pbt.hyperparams.keys():
         names = ", ".join(before.pbt.hyperparams)
         raise ConfigError([f"pbt.hyperparams: {folder} began with {names}; their spaces may change, their names no more"])
-    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: say(f"skipped {error}"))
     trainer = make_trainer(settings)
     document = trainer.restore(path)
     for name, value in changed.items():  # the others are the checkpoint's
@@ -180,7 +182,10 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     say(f"resuming {folder} at {trainer.timesteps:,} steps")
     run = _Run(trainer, folder, say, elapsed=document["elapsed"])
     if run.evolution is not None:
+        if "evolution" not in document:
+            raise CheckpointError(f"{path}: was written by a Hardy that did not train populations")
         run.evolution.restore(document["evolution"])
+        (folder / SCHEDULE).unlink(missing_ok=True)  # of an end that this run has not reached
     return run.to_the_end(trainer.timesteps)
 
 
@@ -204,7 +209,9 @@ def _restored(folder: Path) -> tuple[Trainer, int]:
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
     trainer = make_trainer(settings)
     trainer.restore(path)
-    return trainer, best_member(read_population(folder)) if settings.population.size > 1 else 0
+    if settings.population.size == 1:
+        return trainer, 0
+    return trainer, best_member([record for record in _history(folder) if record.step <= trainer.timesteps])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +252,21 @@ def attack(
     return results
 
 
+def _history(folder: Path) -> list[MemberRecord]:
+    """A population's history from its start.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or begins later.
+    """
+    try:
+        records = read_population(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the history of the population cannot be read: {error}") from None
+    if not records or records[0].event != "start":
+        raise CheckpointError(f"{folder / POPULATION}: does not begin with the start of the run")
+    return records
+
+
 class _Run:
     def __init__(self, trainer: Trainer, folder: Path, say: Callable[[str], None], elapsed: float = 0.0) -> None:
         self.trainer, self.folder, self.say = trainer, folder, say
@@ -260,10 +282,13 @@ class _Run:
         status: Status = "failed"
         error = None
         with ExitStack() as files:
-            writer = files.enter_context(MetricsWriter(self.folder, len(self.trainer.seeds), resume_step))
-            if self.evolution is not None:
-                names = list(self.settings.pbt.hyperparams)
-                self._population = files.enter_context(PopulationWriter(self.folder, names, resume_step))
+            try:
+                writer = files.enter_context(MetricsWriter(self.folder, len(self.trainer.seeds), resume_step))
+                if self.evolution is not None:
+                    names = list(self.settings.pbt.hyperparams)
+                    self._population = files.enter_context(PopulationWriter(self.folder, names, resume_step))
+            except ValueError as damage:  # files of an interrupted run that are damaged, or another run's
+                raise CheckpointError(str(damage)) from damage
             try:
                 with _interruptible(self.say) as interrupted:
                     with LiveView(total, self.folder.name, self.trainer.timesteps) as view:
@@ -310,17 +335,25 @@ class _Run:
         metrics["time/elapsed"] = self._elapsed
         view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
         # After the row: a kill in between repeats the iteration, the other order would lose its row.
-        if trainer.timesteps - self._saved >= self.settings.checkpoint.every:
+        if self._is_regular(trainer.timesteps):
             self._save()
 
     def _fall_back(self) -> None:
         """A member of a population is healed by the next exchange; a single agent has only its own past."""
         broken = f"after {self.trainer.timesteps:,} steps a weight or statistic is not finite"
+        folder = self.folder / CHECKPOINTS
+        # Not the one that an interruption wrote: whether a run was interrupted must not decide how it goes on.
+        regular = [path for path in reversed(checkpoints(folder)) if self._is_regular(checkpoint_step(path))]
         try:
-            step = self.trainer.fall_back_(latest_checkpoint(self.folder / CHECKPOINTS))
+            step = self.trainer.fall_back_(regular[0] if regular else latest_checkpoint(folder))
         except CheckpointError as error:
             raise DivergedError(f"{broken}, and there is nothing to go back to ({error}); try a lower optimizer.lr") from None
         self.say(f"{broken}: goes on with the weights of step {step:,}; if this repeats, try a lower optimizer.lr")
+
+    def _is_regular(self, step: int) -> bool:
+        """Whether this iteration ends with a checkpoint; so it does in any run, interrupted or not."""
+        every, before = self.settings.checkpoint.every, step - self.trainer.steps_per_iteration
+        return step // every > before // every
 
     @property
     def _elapsed(self) -> float:
@@ -344,10 +377,13 @@ class _Run:
         chosen = self.settings.evaluation
         row: Metrics = {}
         if self.evolution is not None:
-            self._tell(self.evolution.finish(), None)
+            self._tell(self.evolution.finish(stop), None)
             row |= self.evolution.metrics()
             export_policy(self.trainer, self.folder / POLICY, self._best)
-            write_text_atomic(self.folder / SCHEDULE, dump_settings(replay(self.settings, read_population(self.folder))))
+            try:
+                write_text_atomic(self.folder / SCHEDULE, dump_settings(replay(self.settings, _history(self.folder))))
+            except CheckpointError as error:
+                self.say(f"no {SCHEDULE}: {error}")
         # The best member in other episodes than those in which it was found to be the best.
         returns = self.trainer.evaluate(chosen.episodes, deterministic=chosen.deterministic, stop=stop)
         self.evaluation = summarise(returns[self._best])

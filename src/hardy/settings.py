@@ -87,12 +87,16 @@ class RunSettings(Settings):
             where = f"pbt.hyperparams.{name}"
             for end, value in (("low", space.low), ("high", space.high)):
                 self.require_tunable(f"{where}.{end}", name, value)
+            self._require_use(where, name)
             configured = tunables(self)[name]
             if self.pbt.initial == "configured" and not space.low <= configured <= space.high:
                 raise ValueError(
                     f"{where}: {name} = {configured:g} lies outside {space.low:g} to {space.high:g}, "
                     "which pbt.initial = 'configured' starts from"
                 )
+        steps = [change.step for change in self.schedule]
+        if sorted(set(steps)) != steps:
+            raise ValueError(f"schedule: the steps are {steps}: they must increase")
         for index, change in enumerate(self.schedule):
             for name, value in change.values.items():
                 self.require_tunable(f"schedule.{index}.values.{name}", name, value)
@@ -101,6 +105,12 @@ class RunSettings(Settings):
                 f"schedule: population.size = {self.population.size}, whose exchanges decide; allowed is a population of 1"
             )
         return self
+
+    def _require_use(self, where: str, name: str) -> None:
+        if name.startswith("vgs.") and not self.vgs.enabled:
+            raise ValueError(f"{where}: {name} has no effect with vgs.enabled = false")
+        if name in ("optimizer.beta1", "optimizer.beta2", "optimizer.eps") and self.optimizer.name != "AdaptiveUPGD":
+            raise ValueError(f"{where}: {name} has no effect with optimizer.name = '{self.optimizer.name}'")
 
     def require_tunable(self, where: str, name: str, value: float) -> None:
         """Refuse a name that is no tunable number, or a value that it cannot have.
@@ -112,6 +122,8 @@ class RunSettings(Settings):
         if name not in known:
             allowed = ", ".join(sorted(known))
             raise ValueError(f"{where}: '{name}' is no tunable number{nearest(name, known)}; allowed are {allowed}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"{where} = {value!r}: must be a number")
         path, _, key = name.rpartition(".")
         section: Settings = self
         for part in path.split("."):
@@ -143,6 +155,11 @@ class RunSettings(Settings):
             raise ValueError(
                 f"risk.weight = {self.risk.weight}, risk.cvar_limit = {self.risk.cvar_limit}: risk needs a distribution, but "
                 f"critic.kind = '{self.critic.kind}' predicts a single number here; use several quantiles or atoms"
+            )
+        if 1 < self.population.size < len(self.pbt.frequencies):
+            raise ValueError(
+                f"pbt.frequencies = {list(self.pbt.frequencies)}: at most population.size = {self.population.size} of them, "
+                "since each belongs to a sub-population"
             )
         if self.population.size > 1 and self.pbt.explore == "pb2":
             require()

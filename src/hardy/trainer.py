@@ -19,10 +19,10 @@ from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, resto
 from hardy.config import tunables
 from hardy.envs import BatchedEnv, Drift, make
 from hardy.nn.normalizer import ReturnNormalizer, RunningMoments
-from hardy.nn.parallel import available_cores, set_threads
 from hardy.ops.plasticity import dormant_fraction, effective_rank
 from hardy.ops.risk import Objective, RiskState
 from hardy.optim import OptimizerState, PopulationOptimizer
+from hardy.parallel import available_cores, set_threads
 from hardy.policy import ActorCritic, describe_space
 from hardy.population import (
     ExploitRule,
@@ -60,8 +60,6 @@ PLASTICITY_EVERY = 10
 """Iterations between two such measurements."""
 ENVIRONMENT = "environment/"
 """Prefix of the environments' arrays in a checkpoint."""
-ADOPTED = ("optimizer.", "reward.moments.", "risk.")
-"""Parts of the state that belong to the weights, beside the observation statistics."""
 Metrics = dict[str, Tensor | float]
 
 
@@ -241,7 +239,12 @@ class Trainer:
         return np.asarray(torch.stack(found).all(0).numpy())
 
     @torch.no_grad()
-    def exploit_(self, source: Int[np.ndarray, "P"], keeps_hyperparams: Bool[np.ndarray, "P"] | None = None) -> None:
+    def exploit_(
+        self,
+        source: Int[np.ndarray, "P"],
+        keeps_hyperparams: Bool[np.ndarray, "P"] | None = None,
+        restarts: Bool[np.ndarray, "P"] | None = None,
+    ) -> None:
         """Let every member with ``source[p] != p`` become member ``source[p]``, between two iterations.
 
         The optimizer's state follows ``pbt.optimizer_exploit_strategy``. The memory that the old weights wrote goes, always:
@@ -250,6 +253,7 @@ class Trainer:
 
         Args:
             keeps_hyperparams: replaced members that keep their own hyperparameters.
+            restarts: replaced members whose environments begin new episodes where they can, whatever the setting.
         """
         state, device = self.state, self.policy.device
         chosen = torch.from_numpy(source).to(device)
@@ -267,7 +271,8 @@ class Trainer:
             keeping = torch.from_numpy(keeps_hyperparams).to(device)
             for name, value in state.hyper.items():
                 value[keeping] = own[name][keeping]
-        begun = self._begin_episodes(replaced)
+        anew = torch.zeros_like(replaced) if restarts is None else torch.from_numpy(restarts).to(device)
+        begun = self._begin_episodes(replaced, anew | (self.settings.pbt.after_exploit == "reset_env"))
         if self.settings.pbt.after_exploit == "burn_in" and self.recent is not None:
             burn_in_(state.collector, self.policy, self.recent, self.normalize, replaced[:, None] & ongoing & ~begun)
 
@@ -301,10 +306,12 @@ class Trainer:
         """
         fresh = self.ppo.optimizer.init(self.ppo.parameters)
         values = {leaf.path: leaf.tensor for leaf in leaves(fresh, "optimizer.")}
-        mine = {leaf.path: leaf for leaf in leaves(self.state) if leaf.path.startswith(ADOPTED)}
-        for part in ADOPTED:
-            given = {name: tensor for name, tensor in tensors.items() if name.startswith(part)}
-            own = {name: leaf.tensor for name, leaf in mine.items() if name.startswith(part)}
+        others = ("parameters.", "observation.", "hyper.")
+        copied_leaves = [leaf for leaf in leaves(self.state) if leaf.rule is ExploitRule.COPY]
+        mine = {leaf.path: leaf for leaf in copied_leaves if not leaf.path.startswith(others)}
+        for part in {name.partition(".")[0] for name in mine}:
+            given = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+            own = {name: leaf.tensor for name, leaf in mine.items() if name.startswith(f"{part}.")}
             names = given.keys() | own.keys()
             wrong = [name for name in names if name not in given or name not in own or given[name].shape != own[name].shape]
             if given and wrong:
@@ -313,12 +320,11 @@ class Trainer:
         for name, value in values.items():
             mine[name].tensor.copy_(value)
 
-    def _begin_episodes(self, replaced: Bool[Tensor, "P"]) -> Bool[Tensor, "P E"]:
-        """New episodes for the replaced members: everywhere if that is wanted, else where an observation is not finite."""
+    def _begin_episodes(self, replaced: Bool[Tensor, "P"], everywhere: Bool[Tensor, "P"]) -> Bool[Tensor, "P E"]:
+        """New episodes for replaced members: everywhere, or else where an observation is not finite."""
         collector = self.state.collector
         broken = ~collector.obs.isfinite().all(-1)
-        everywhere = torch.full_like(broken, self.settings.pbt.after_exploit == "reset_env")
-        rows = replaced[:, None] & (everywhere | broken)
+        rows = replaced[:, None] & (everywhere[:, None] | broken)
         if not rows.any() or not self.env.resets_rows:
             return torch.zeros_like(rows)
         obs = self.policy.flatten(self.env.reset_rows(rows.flatten().cpu().numpy()), len(self.seeds))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+
 VERSION = 1
 """Of `_Problem`; a library built from sources of another version is not used."""
-NEWEST_INSTRUCTIONS = 2
 SMALLEST_PART = 60_000_000
 """Multiplications below which a part of a layer's forward pass is not worth a thread (measured)."""
 
@@ -40,23 +39,12 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name("_recurrence" + suffix)
-        if path.exists():
-            try:
-                library = ctypes.CDLL(str(path))
-                library.hardy_lstm_version.restype = ctypes.c_int64
-            except (OSError, AttributeError):  # built for another machine, or not this library
-                continue
-            if library.hardy_lstm_version() == VERSION:
-                library.hardy_lstm.argtypes = [ctypes.POINTER(_Problem)]
-                return library
-    return None
+    return load(Path(__file__).parent, "_recurrence", "hardy_lstm", VERSION)
 
 
 def available() -> bool:
     """Whether the compiled library is there, fits this version and is not switched off."""
-    return os.environ.get("HARDY_COMPILED") != "0" and _library() is not None
+    return switched_on() and _library() is not None
 
 
 def supports(*tensors: Tensor) -> bool:

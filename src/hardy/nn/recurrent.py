@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hardy.nn import compiled
-from hardy.nn.parallel import WorkerPool, pool
 from hardy.nn.rows import RowGroup, plan_rows
+from hardy.parallel import WorkerPool, pool
 
 CellKind = Literal["lstm", "gru"]
 GATES: dict[str, int] = {"lstm": 4, "gru": 3}

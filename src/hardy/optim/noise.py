@@ -1,25 +1,100 @@
-"""Standard-normal numbers for a list of tensors, drawn in one call per member."""
+"""Standard-normal numbers from a counter-based generator: a function of (key, tensor, place), in any order, on any device.
+
+The counter, times an odd constant and plus the key, goes through SplitMix64's mixing function (Steele, Lea & Flood 2014, "Fast
+splittable pseudorandom number generators", figure 17; it passes BigCrush), and the two halves of each result become two normal
+numbers (Box & Muller 1958). A member draws one key a step from its own generator; the numbers follow from that key whatever the
+population, the number of threads or the path that computes them. `_upgd_kernel.h` computes the same numbers, to rounding.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+_LANES = 16
+"""Counters side by side; each gives two numbers, so that 32 successive places belong together."""
+_SLICE = 1 << 16
+"""Counters worked on at once, so that they stay in a cache."""
+_TENSOR = 40
+"""Bits of the counter below those that number the tensor."""
 
-def standard_normal_like(tensors: Sequence[Tensor], fill_: Callable[[Tensor], object]) -> list[Tensor]:
-    """Draw one flat buffer ``[P, total]`` and cut it into the tensors' shapes ``[P, ...]``.
+
+class KeyedNormal:
+    """Source of an update's noise: one key per member, and the numbers that follow from it.
 
     Args:
-        tensors: the noise takes their shapes, devices and dtypes.
-        fill_: fills the buffer in place; it lies on the CPU, so that the numbers do not depend on the device.
+        draw: draws the keys, ``[P]``, each in [0, 2⁶³).
     """
-    size, dtype = tensors[0].shape[0], tensors[0].dtype
-    uniform = all(tensor.dtype == dtype for tensor in tensors)
-    lengths = [tensor.numel() // size for tensor in tensors]
-    buffer = torch.zeros(size, sum(lengths), dtype=dtype if uniform else torch.float32)
-    fill_(buffer)
-    parts = buffer.to(tensors[0].device).split(lengths, dim=1)
-    noise = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-    return noise if uniform else [part.to(tensor.dtype) for part, tensor in zip(noise, tensors, strict=True)]
+
+    def __init__(self, draw: Callable[[], Int[Tensor, "P"]]) -> None:
+        self.draw = draw
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Numbers of the tensors' shapes ``[P, ...]``, devices and dtypes."""
+        return standard_normal(self.draw(), tensors)
+
+
+def standard_normal(keys: Int[Tensor, "P"], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Independent standard-normal numbers of the shapes ``[P, ...]``, devices and dtypes of ``tensors``.
+
+    Number i of tensor k of a member comes from the counter ``2⁴⁰·k + 16·(i // 32) + i % 16`` under the member's key, by cosine
+    where ``i // 16`` is even, else by sine.
+    """
+    lengths = [tensor[0].numel() for tensor in tensors]
+    sizes = [-(-length // (2 * _LANES)) * 2 * _LANES for length in lengths]
+    # Half-precision numbers would be too coarse for the logarithm and the angle.
+    precise = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    buffer = torch.empty(keys.shape[0], sum(sizes), dtype=precise, device=tensors[0].device)
+    counters = _counters(tuple(size // 2 for size in sizes), buffer.device)
+    for key, numbers in zip(keys.tolist(), buffer, strict=True):
+        rows = numbers.view(-1, 2, _LANES)
+        for begin in range(0, counters.numel(), _SLICE):
+            pair = box_muller(split_mix(counters[begin : begin + _SLICE], key), precise)
+            of_slice = rows[begin // _LANES : (begin + _SLICE) // _LANES]
+            of_slice[:, 0], of_slice[:, 1] = (values.view(-1, _LANES) for values in pair)
+    parts = zip(buffer.split(sizes, dim=1), lengths, tensors, strict=True)
+    return [part[:, :length].view(tensor.shape).to(tensor.dtype) for part, length, tensor in parts]
+
+
+@functools.lru_cache(maxsize=2)
+def _counters(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "C"]:
+    """Those of each tensor; the same in every step."""
+    return torch.cat([torch.arange(k << _TENSOR, (k << _TENSOR) + count, device=device) for k, count in enumerate(counts)])
+
+
+def split_mix(counter: Int[Tensor, "C"], key: int) -> Int[Tensor, "C"]:
+    """Output number ``counter`` of SplitMix64 started with ``key``, 64 random bits in an int64.
+
+    Products and sums wrap around, as they do without a sign.
+    """
+    bits = counter * _signed(0x9E3779B97F4A7C15) + _signed(key + 0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = _shifted_xor(bits, shift).mul_(_signed(factor))
+    return _shifted_xor(bits, 31)
+
+
+def _shifted_xor(bits: Int[Tensor, "C"], shift: int) -> Int[Tensor, "C"]:
+    return (bits >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(bits)
+
+
+def _signed(number: int) -> int:
+    """The int64 with the same lower 64 bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def box_muller(bits: Int[Tensor, "C"], dtype: torch.dtype) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
+    """Two independent normal numbers from 64 random bits each: ``√(−2 ln u)·(cos θ, sin θ)``.
+
+    u comes from the lower half, uniform in (0, 1], of 31 bits, so that its logarithm is finite and the largest number 6.66; θ
+    from the upper half, in [−π, π).
+    """
+    # By way of int32, whose conversion is vectorised.
+    uniform = (bits.to(torch.int32) >> 1).bitwise_and_((1 << 31) - 1).to(dtype).add_(0.5).mul_(2.0**-31)
+    length = uniform.log_().mul_(-2).sqrt_()
+    theta = (bits >> 32).to(torch.int32).to(dtype).mul_(math.pi * 2.0**-31)
+    return theta.cos().mul_(length), theta.sin_().mul_(length)

@@ -12,11 +12,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hardy.config import nearest
+from hardy.optim import compiled
 from hardy.optim import vgs as variance
-from hardy.optim.noise import standard_normal_like
+from hardy.optim.noise import KeyedNormal
 from hardy.optim.settings import OptimizerSettings, VGSSettings
 from hardy.optim.transforms import Step, TensorOptions, chain, clip_by_member_norm, descend, scale, stateless
 from hardy.optim.upgd import UPGDState, perturb, upgd
+from hardy.parallel import pool
 from hardy.population import MemberGenerators, leaves, nested, training_state
 
 FIXED_NOISE_WARNING = (
@@ -63,10 +65,10 @@ class PopulationOptimizer:
             self._numbers += [f"optimizer.{name}" for name in _ADAM_NUMBERS]
         after = (stateless(clip_by_member_norm), upgd(settings.name), stateless(scale), stateless(perturb), stateless(descend))
         self._chain = chain(*after)
+        self._scopes = variance.Scopes(self.names, vgs.scope)
         if vgs.enabled:
             self._numbers += [f"vgs.{name}" for name in _VGS_NUMBERS]
-            scopes = variance.Scopes(self.names, vgs.scope)
-            self._chain = chain(variance.measure(scopes, vgs.warmup_steps, vgs.estimator), *after)
+            self._chain = chain(variance.measure(self._scopes, vgs.warmup_steps, vgs.estimator), *after)
             if settings.sigma > 0 and not settings.adaptive_noise:
                 warnings.warn(FIXED_NOISE_WARNING, UserWarning, stacklevel=2)
 
@@ -118,7 +120,8 @@ class PopulationOptimizer:
 
         Returns:
             Diagnostics, ``[P]`` each: ``train/grad_norm`` (raw), ``upgd/utility_max``, ``upgd/noise_to_signal``, and with VGS
-            ``vgs/scaling_factor`` and ``vgs/normalized_variance``, the mean over scopes and ``…/scope`` for each.
+            ``vgs/scaling_factor`` and ``vgs/normalized_variance``, the mean over scopes and ``…/scope`` for each. Those of a
+            member that is not active mean nothing.
 
         Raises:
             KeyError: ``hyper`` lacks a number.
@@ -137,16 +140,23 @@ class PopulationOptimizer:
             [gradients[name] for name in names],
             numbers,
             self.options if len(names) == len(self.names) else [self.options[self.names.index(name)] for name in names],
-            lambda tensors: standard_normal_like(tensors, lambda buffer: noise.normal_(buffer, draw)),
+            KeyedNormal(lambda: noise.keys(draw)),
             self._columns(names, state),
         )
-        states: tuple[Any, ...] = (None, state.upgd, None, None, None)
-        with _preserved(~active, step.weights, state):
-            self._chain.update(step, states if state.vgs is None else (state.vgs, *states))
+        measuring = None
+        if state.vgs is not None:
+            measuring = compiled.Measuring(self._scopes, self.vgs.warmup_steps, self.vgs.estimator, state.vgs)
+        if compiled.supports(step, state.upgd, measuring):
+            compiled.update(step, state.upgd, self.settings.name, measuring=measuring, active=active, threads=pool().threads)
+        else:
+            states: tuple[Any, ...] = (None, state.upgd, None, None, None)
+            with _preserved(~active, step.weights, state):
+                self._chain.update(step, states if state.vgs is None else (state.vgs, *states))
         if state.vgs is not None:
             state.vgs.microbatches.zero_()
             state.vgs.microbatch_squares.zero_()
-        return {name: value.to(hyper["optimizer.lr"].dtype) for name, value in step.metrics.items()}
+        metrics = torch.stack(list(step.metrics.values())).to(hyper["optimizer.lr"].dtype)
+        return dict(zip(step.metrics, metrics.unbind(), strict=True))
 
     def _hyper_columns(self, hyper: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stacked = torch.stack([hyper[name] for name in self._numbers]).double()[:, :, None]

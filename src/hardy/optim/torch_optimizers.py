@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hardy.optim import compiled
 from hardy.optim.gradient_scaler import VarianceGradientScaler, refuse_sparse
-from hardy.optim.noise import standard_normal_like
+from hardy.optim.noise import KeyedNormal
 from hardy.optim.population_optimizer import FIXED_NOISE_WARNING
 from hardy.optim.transforms import Gating, Step, TensorOptions, chain, clip_by_member_norm, descend, scale, stateless
 from hardy.optim.upgd import OptimizerName, UPGDState, perturb, upgd
@@ -115,14 +116,17 @@ class _UPGDBase(Optimizer):
             [parameter.grad.detach()[None] for parameter in parameters if parameter.grad is not None],
             self._hyper_columns(groups, parameters[0].device),
             [TensorOptions(g["gating"], g["protecting"], g["adaptive_noise"]) for g in groups],
-            self._standard_normal,
+            KeyedNormal(self._draw_key),
         )
         if self.gradient_scaler is not None:
             self.gradient_scaler.measure_once()
             step.factor = self.gradient_scaler.factors(parameters)
-        before = (stateless(clip_by_member_norm), upgd(self._name, raw_maximum=self.reference))
-        after = (stateless(scale), stateless(perturb), stateless(descend))
-        chain(*before, *after).update(step, (None, state, None, None, None))
+        if compiled.supports(step, state):
+            compiled.update(step, state, self._name, raw_maximum=self.reference, threads=torch.get_num_threads())
+        else:
+            before = (stateless(clip_by_member_norm), upgd(self._name, raw_maximum=self.reference))
+            after = (stateless(scale), stateless(perturb), stateless(descend))
+            chain(*before, *after).update(step, (None, state, None, None, None))
         torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
         self.diagnostics = {name: float(value) for name, value in step.metrics.items()}
         if self.gradient_scaler is not None:
@@ -169,8 +173,8 @@ class _UPGDBase(Optimizer):
             numbers["max_grad_norm"] = torch.full((1, 1), self.max_grad_norm, dtype=torch.float64, device=device)
         return numbers
 
-    def _standard_normal(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        return standard_normal_like(list(tensors), lambda buffer: buffer.normal_(generator=self.generator))
+    def _draw_key(self) -> Tensor:
+        return torch.empty(1, dtype=torch.int64).random_(generator=self.generator)
 
     def _validate(self, group: dict[str, Any]) -> None:
         lr = group["lr"]
@@ -214,7 +218,7 @@ class UPGD(_UPGDBase):
         reference: the published code step by step: η the raw, unguarded maximum against corrected utilities, noise of fixed
             sigma, decay decoupled.
         max_grad_norm: clip all gradients together, after they are measured; None for no clip.
-        generator: CPU generator of the noise, one flat draw a step over the parameters in order; None for torch's default.
+        generator: CPU generator, from which each step with noise draws one number, its key; None for torch's default.
         gradient_scaler: `VarianceGradientScaler` that this optimizer measures and applies in ``step()``.
 
     Raises:

@@ -8,6 +8,7 @@ size are kept apart (``update = coefficient * direction``), so scaling costs not
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,6 @@ class Step:
         weight = self.weights[0]
         self.shape = (weight.shape[0], len(self.weights))
         ones = torch.ones(self.shape, dtype=torch.float64, device=weight.device)
-        self.gradient_norms = tensor_norms(self.gradients)
         self.factor = ones
         self.direction = self.gradients
         self.coefficient = ones
@@ -65,6 +65,11 @@ class Step:
         self.noise: dict[int, Tensor] = {}
         self.noise_coefficient = ones
         self.metrics: dict[str, Tensor] = {}
+
+    @functools.cached_property
+    def gradient_norms(self) -> Float[Tensor, "P K"]:
+        """Norms of the raw gradients; to be asked for before they are replaced."""
+        return tensor_norms(self.gradients)
 
     def pick(self, matrix: Shaped[Tensor, "P all"]) -> Shaped[Tensor, "P K"]:
         """The columns of a state's matrix that belong to this step's tensors."""

@@ -169,8 +169,7 @@ def perturb(step: Step) -> None:
     ``gate · ε · σ``, which no factor in front of the gradient scales down.
     """
     sigma = step.hyper["sigma"].expand(step.shape)
-    wanted = (sigma > 0).any(0).tolist()
-    noisy = [k for k, option in enumerate(step.options) if option.noise and wanted[k]]
+    noisy = noisy_tensors(step)
     if not noisy:
         step.metrics["upgd/noise_to_signal"] = torch.zeros_like(sigma[:, 0])
         return
@@ -189,6 +188,13 @@ def perturb(step: Step) -> None:
     step.noise_coefficient = torch.where(_mask(step, adaptive), sigma * update_norm / gate_norm, fixed)
     noise_norm = (tensor_norms(noise) * step.noise_coefficient[:, noisy]).norm(dim=1)
     step.metrics["upgd/noise_to_signal"] = torch.where(noise_norm > 0, noise_norm / update_norm.norm(dim=1), 0.0)
+
+
+def noisy_tensors(step: Step) -> list[int]:
+    """Positions of the tensors to which some member adds noise."""
+    largest = step.hyper["sigma"].amax(0).tolist()
+    wanted = [value > 0 for value in largest] * (step.shape[1] // len(largest))
+    return [k for k, option in enumerate(step.options) if option.noise and wanted[k]]
 
 
 def _mask(step: Step, chosen: list[int]) -> Tensor:

@@ -155,6 +155,18 @@ def observe_microbatch_(state: VGSState, gradients: Sequence[Tensor], at: Int[Te
     state.microbatches += 1
 
 
+def contributions(state: VGSState) -> Int[Tensor, "P"]:
+    """Microbatches recorded since the last update.
+
+    Raises:
+        RuntimeError: fewer than the two that a variance needs.
+    """
+    if bool((state.microbatches < 2).any()):
+        seen = int(state.microbatches.min())
+        raise RuntimeError(f"estimator='microbatch' needs at least 2 recorded microbatches per update, got {seen}")
+    return state.microbatches
+
+
 def update_statistics_(
     state: VGSState,
     names: Sequence[str],
@@ -181,11 +193,7 @@ def update_statistics_(
         share = squared_weight_sum(beta, count)
         variance, signal = moments_from_averages(tensor_norms(means).square(), state.second_moment[:, every], share)
     else:
-        contributions = state.microbatches[:, None]
-        if bool((contributions < 2).any()):
-            seen = int(contributions.min())
-            raise RuntimeError(f"estimator='microbatch' needs at least 2 recorded microbatches per update, got {seen}")
-        latest = moments_from_microbatches(state.microbatch_squares[:, every], square, contributions)
+        latest = moments_from_microbatches(state.microbatch_squares[:, every], square, contributions(state)[:, None])
         variance = torch.lerp(state.variance[:, every], latest[0], weight)
         signal = torch.lerp(state.signal[:, every], latest[1], weight)
         state.microbatches.zero_()
@@ -218,10 +226,13 @@ def measure(scopes: Scopes, warmup_steps: int, estimator: str) -> Transform:
             state, scopes, hyper["vgs.alpha"], hyper["vgs.min_scale"], hyper["vgs.signal_floor"], warmup_steps
         )
         step.factor = step.pick(scopes.spread(factor))
-        step.metrics["vgs/scaling_factor"] = factor.mean(1)
-        step.metrics["vgs/normalized_variance"] = ratio.mean(1)
-        for s, name in enumerate(scopes.names):
-            step.metrics[f"vgs/scaling_factor/{name}"] = factor[:, s]
-            step.metrics[f"vgs/normalized_variance/{name}"] = ratio[:, s]
+        record_factors(step, scopes.names, factor, ratio)
 
     return Transform(lambda weights: init_state(weights, estimator), update)
+
+
+def record_factors(step: Step, scopes: Sequence[str], factor: Float[Tensor, "P S"], ratio: Float[Tensor, "P S"]) -> None:
+    """Enter the factor and the NSR of each scope, and their means, among the step's metrics."""
+    for name, values in (("vgs/scaling_factor", factor), ("vgs/normalized_variance", ratio)):
+        step.metrics[name] = values.mean(1)
+        step.metrics |= {f"{name}/{scope}": value for scope, value in zip(scopes, values.unbind(1), strict=True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from hardy.config import Settings
@@ -39,6 +40,12 @@ class HyperparameterSpace(Settings):
             raise ValueError(f"low = {self.low:g}: must be > 0 where space = 'log'; space = 'linear' allows it")
         if self.space == "log_one_minus" and self.high > NEAREST_TO_ONE:
             raise ValueError(f"high = {self.high:g}: must be < 1 by more than 1e-7 where space = 'log_one_minus'")
+        with np.errstate(over="ignore"):
+            low, high = (float(np.float32(end)) for end in (self.low, self.high))
+        if not (low < high < math.inf and low > -math.inf) or low == 0 < self.low:
+            raise ValueError(
+                f"low = {self.low:g}, high = {self.high:g}: a float32, as which values are kept, has no such range"
+            )
         return self
 
     def to_even(self, value: float) -> float:

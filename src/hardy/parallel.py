@@ -1,4 +1,4 @@
-"""Threads for the recurrent kernels: each worker runs whole kernel calls with one intra-op thread.
+"""Threads for the kernels: each worker runs whole kernel calls with one intra-op thread.
 
 Two Python threads, one kernel each, use two cores better than two intra-op threads inside one kernel, because a step of a
 recurrence is too small to split; the interpreter lock is released inside the kernel.

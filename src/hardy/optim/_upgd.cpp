@@ -1,0 +1,223 @@
+// One step of UPGD with VGS, clip and noise, float32, for the CPU: what the chain of transforms.py, vgs.py and upgd.py does, in
+// as few passes over memory as its reductions allow. Per member:
+//   1. norm of the gradient and VGS's mean: before the clip and the factor, which need the sums over all tensors
+//      (left out where there is neither);
+//   2. utilities and moments: before the gate, which needs the largest utility of all tensors;
+//   3. gate, descent and noise; noise in proportion to the norm of the update is kept, for want of that norm, and added by
+//   4. tensor by tensor behind 3, while most of what 3 has written is still in a cache.
+// Sums are taken block by block and added up in the blocks' order, so that results do not depend on the number of threads.
+//
+// Plain C interface, no Python or PyTorch headers. Called by hardy/optim/compiled.py, whose `Problem` mirrors the one here.
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own headers leave registers undefined on purpose
+#endif
+
+namespace {
+
+enum class Gating : int64_t { none, global, local };
+
+// In the order of `NUMBERS` in compiled.py.
+enum Number {
+    LR, COUPLED_DECAY, DECOUPLED_DECAY, BETA_UTILITY, SIGMA, STEP_FACTOR, MAX_GRAD_NORM, BETA1, BETA2, EPS,
+    VGS_ALPHA, VGS_MIN_SCALE, VGS_BETA, VGS_SIGNAL_FLOOR
+};
+
+struct Problem {
+    int64_t members, tensors;
+    int64_t columns;      // of the matrices [P, all tensors]
+    int64_t numbers_width;  // 1, or one number for each tensor
+    int64_t adam, raw_maximum, clips;
+    int64_t estimator;    // of VGS: 0 none, 1 averages, 2 microbatches
+    int64_t scopes, warmup;
+    int64_t threads;
+    int64_t level;        // newest instruction set allowed: 2 is AVX-512, 1 is AVX2, 0 is what every CPU of this kind has
+    // By tensor of this step.
+    const int64_t *sizes, *row_lengths;  // of one member's weights, of their last axis
+    const int64_t* column;               // place in the matrices
+    const int64_t *gating, *protecting, *adaptive_noise;
+    const int64_t* noise;                // place among the tensors with noise, or -1
+    float *const *weight, *const *gradient, *const *utility, *const *first, *const *second, *const *mean;  // [P, ...] each
+    // By member.
+    const unsigned char* active;
+    const uint64_t* keys;
+    const double* numbers;               // [number, P, numbers_width]
+    const double* factor;                // [P, tensors] from outside, or null
+    int64_t* step;                       // [P, columns]
+    int64_t* vgs_steps;                  // [P, columns], as are the next four
+    double *second_moment, *variance, *signal;
+    const double* microbatch_squares;
+    const int64_t* microbatches;         // [P]
+    const int64_t* scope;                // [columns]
+    double* metrics;                     // [P, 3 + 2 * scopes]
+};
+
+// A piece of one member's tensor.
+struct Block {
+    int64_t begin, count;
+    const float* gradient;
+    float *weight, *utility, *first, *second, *mean;
+    const float* scale;  // local gating: the row's scale, weight by weight
+    float* noise;        // where noise is kept until its amount is known, or null
+};
+
+// Of one member's tensor.
+struct Numbers {
+    float shrink, mean, utility, first, second;  // factor of the clip, weights of the newest value in the averages
+    float scale, eps, decay, keep, amount, noise_amount;
+    bool protects;
+    uint64_t key, tensor;
+};
+
+struct Sums {
+    double gradient, mean, largest, smallest, direction, gate, noise;
+};
+
+using Pass = void (*)(const Block&, const Numbers&, Sums&);
+
+struct Kernel {
+    double (*squares)(const float*, int64_t);
+    Pass measure, advance, advance_adam;
+    Pass (*descend_for)(bool adam, Gating gating, bool noise);
+    Pass shake;
+};
+
+constexpr int64_t BLOCK = 4096;
+constexpr double LOG2_E = 1.4426950408889634;  // gates are powers of 2
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HARDY_DISPATCH
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx2,fma")
+#define LANES 16
+#define ROOT(x) ((Vector)_mm512_sqrt_ps((__m512)(x)))
+#define LARGER(x, y) ((Vector)_mm512_max_ps((__m512)(x), (__m512)(y)))
+#define SMALLER(x, y) ((Vector)_mm512_min_ps((__m512)(x), (__m512)(y)))
+namespace avx512 {
+#include "_upgd_kernel.h"
+}
+#undef LANES
+#undef ROOT
+#undef LARGER
+#undef SMALLER
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define LANES 8
+#define ROOT(x) ((Vector)_mm256_sqrt_ps((__m256)(x)))
+#define LARGER(x, y) ((Vector)_mm256_max_ps((__m256)(x), (__m256)(y)))
+#define SMALLER(x, y) ((Vector)_mm256_min_ps((__m256)(x), (__m256)(y)))
+namespace avx2 {
+#include "_upgd_kernel.h"
+}
+#undef LANES
+#undef ROOT
+#undef LARGER
+#undef SMALLER
+#pragma GCC pop_options
+#endif
+
+// ROOT: square roots; LARGER and SMALLER of two, or the second where either is NaN.
+#define LANES 4
+#if defined(__x86_64__)
+#define ROOT(x) ((Vector)_mm_sqrt_ps((__m128)(x)))
+#define LARGER(x, y) ((Vector)_mm_max_ps((__m128)(x), (__m128)(y)))
+#define SMALLER(x, y) ((Vector)_mm_min_ps((__m128)(x), (__m128)(y)))
+#else
+#define ROOT(x) root(x)
+#define LARGER(x, y) ((x) > (y) ? (x) : (y))
+#define SMALLER(x, y) ((x) < (y) ? (x) : (y))
+typedef float Four __attribute__((vector_size(16)));
+inline Four root(Four x) {
+    for (int lane = 0; lane < 4; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+    return x;
+}
+#endif
+namespace plain {
+#include "_upgd_kernel.h"
+}
+
+const Kernel& choose(int64_t level) {
+#ifdef HARDY_DISPATCH
+    if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return avx512::kernel;
+    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernel;
+#endif
+    static_cast<void>(level);
+    return plain::kernel;
+}
+
+#include "_upgd_member.h"
+
+void run(const Problem& problem) {
+    const Plan plan(problem);
+    const Kernel& kernel = choose(problem.level);
+    std::vector<int64_t> members;
+    for (int64_t m = 0; m < problem.members; ++m)
+        if (problem.active[m]) members.push_back(m);
+    const auto count = static_cast<int64_t>(members.size());
+    // A member for each thread where there are enough of them, else all threads for one member after the other.
+    const bool apart = count >= problem.threads;
+    const int64_t workers = apart ? problem.threads : 1;
+    const int64_t share = (apart || problem.threads == 1 ? plan.largest : plan.first.back()) * BLOCK;
+    static thread_local std::vector<float> memory;  // kept: fresh memory is slow
+    if (memory.size() < static_cast<size_t>(workers * share)) memory.resize(static_cast<size_t>(workers * share));
+    std::vector<Member> workspaces;
+    for (int64_t t = 0; t < workers; ++t) workspaces.emplace_back(problem, plan, kernel, memory.data() + t * share);
+    std::vector<std::thread> others;
+    others.reserve(static_cast<size_t>(problem.threads));
+    std::atomic<int64_t> next{0}, ready{0};
+    Team* shared = nullptr;
+    const auto work = [&](int64_t rank) {
+        if (apart) {
+            Team alone(1);
+            for (int64_t i = next++; i < count; i = next++)
+                workspaces[static_cast<size_t>(rank)].run(members[static_cast<size_t>(i)], alone, 0);
+        } else {
+            while (ready.load() == 0) std::this_thread::yield();
+            for (const int64_t m : members) workspaces[0].run(m, *shared, rank);
+        }
+    };
+    try {
+        for (int64_t rank = 1; rank < problem.threads; ++rank) others.emplace_back(work, rank);
+    } catch (const std::system_error&) {
+        // No more threads to be had: those there are do all of it.
+    }
+    Team team(static_cast<int64_t>(others.size()) + 1);
+    shared = &team;
+    ready = 1;
+    work(0);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Changes with `Problem`, so that a library built from other sources is not used.
+EXPORTED int64_t hardy_upgd_version() { return 1; }
+
+// Returns 0, or 1 if memory ran out, before anything was changed.
+EXPORTED int hardy_upgd(const Problem* problem) {
+    try {
+        run(*problem);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,232 @@
+"""One step of the optimizers in a small compiled library, for float32 on the CPU.
+
+The library (`_upgd.cpp`) is built when Hardy is installed, if there is a C++ compiler that can. It does what the chain of
+transformations does, from the measurement to the descent, to rounding: in three or four passes over memory instead of about
+25, one call for all members and threads, with the interpreter lock released. Without it, or with ``HARDY_COMPILED=0`` in the
+environment, the chain does the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.optim.noise import KeyedNormal
+from hardy.optim.transforms import Step
+from hardy.optim.upgd import OptimizerName, UPGDState, noisy_tensors
+from hardy.optim.vgs import Scopes, VGSState, contributions, record_factors
+
+VERSION = 1
+"""Of `_Problem`; a library built from sources of another version is not used."""
+SMALLEST_PART = 250_000
+"""Weights, of all members, below which a part of a step is not worth a thread, which is made in each call."""
+_NUMBERS = {
+    "lr": 0.0, "coupled_decay": 0.0, "decoupled_decay": 0.0, "beta_utility": 0.0, "sigma": 0.0, "step_factor": 1.0,
+    "max_grad_norm": math.inf, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "vgs.alpha": 0.0, "vgs.min_scale": 0.0,
+    "vgs.beta": 0.0, "vgs.signal_floor": 0.0,
+}  # fmt: skip
+"""In the library's order, with what stands for one that a step does not have."""
+_GATINGS = ("none", "global", "local")
+_ESTIMATORS = (None, "ema", "microbatch")
+
+
+class _Problem(ctypes.Structure):
+    """What a call works on; mirrors `Problem` in `_upgd.cpp`, which explains the fields."""
+
+    _sizes = "members tensors columns numbers_width adam raw_maximum clips estimator scopes warmup threads level"
+    _by_tensor = "sizes row_lengths column gating protecting adaptive_noise noise weight gradient utility first second mean"
+    _by_member = (
+        "active keys numbers factor step vgs_steps second_moment variance signal microbatch_squares microbatches scope metrics"
+    )
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _sizes.split()),
+        *((name, ctypes.c_void_p) for name in f"{_by_tensor} {_by_member}".split()),
+    ]
+
+
+class Measuring(NamedTuple):
+    """How a step measures its gradient: what `hardy.optim.vgs.measure` closes over, and the statistics."""
+
+    scopes: Scopes
+    warmup_steps: int
+    estimator: str
+    state: VGSState
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    return load(Path(__file__).parent, "_upgd", "hardy_upgd", VERSION)
+
+
+def available() -> bool:
+    """Whether the compiled library is there, fits this version and is not switched off."""
+    return switched_on() and _library() is not None
+
+
+def supports(step: Step, state: UPGDState, measuring: Measuring | None = None) -> bool:
+    """Whether the library can take this step.
+
+    All weights, gradients and states must be float32 on the CPU, weights and states without gaps in memory, and the noise a
+    `KeyedNormal`. Every other choice of structure is supported.
+    """
+    if not available() or not isinstance(step.standard_normal, KeyedNormal):
+        return False
+    kept = [*step.weights, *_own(step, state.utility), *_own(step, state.first_moment), *_own(step, state.second_moment)]
+    if measuring is not None:
+        kept += _own(step, measuring.state.mean)
+    # The library follows bare addresses: what would be an error in PyTorch would be somebody else's memory here.
+    return (
+        all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in kept)
+        and all(g.dtype is torch.float32 and g.is_cpu for g in step.gradients)
+        and all(g.shape == w.shape for g, w in zip(step.gradients, step.weights, strict=True))
+    )
+
+
+def update(
+    step: Step,
+    state: UPGDState,
+    name: OptimizerName,
+    *,
+    raw_maximum: bool = False,
+    measuring: Measuring | None = None,
+    active: Bool[Tensor, "P"] | None = None,
+    threads: int = 1,
+    level: int = NEWEST_INSTRUCTIONS,
+) -> None:
+    """Take the whole step, in place: weights, states and the step's metrics, which are NaN for members that are not active.
+
+    Args:
+        step: one that the library `supports`; its ``factor`` must be set where the gradient was measured before.
+        name, raw_maximum: as for `hardy.optim.upgd.upgd`.
+        measuring: to measure and scale with VGS as a part of the step.
+        active: members to update; None for all. The others are not looked at.
+        threads: at most that many.
+        level: the newest instruction set to use.
+
+    Raises:
+        MemoryError: no memory for the working space; weights and states are as before.
+        RuntimeError: the microbatch estimator has seen fewer than two contributions.
+    """
+    members, tensors = step.shape
+    problem = _Problem(members=members, tensors=tensors, adam=name == "AdaptiveUPGD", raw_maximum=raw_maximum, level=level)
+    problem.clips = "max_grad_norm" in step.hyper
+    weights = sum(weight.numel() for weight in step.weights)
+    problem.threads = max(1, min(threads, weights // SMALLEST_PART))
+    noisy = noisy_tensors(step)
+    numbers = _numbers(step)
+    problem.numbers_width = numbers.shape[2]
+    scopes = [] if measuring is None else measuring.scopes.names
+    problem.columns = state.step.shape[1]
+    statistics = {} if measuring is None else _statistics(problem, measuring)
+    tensors_of = {
+        **statistics,
+        "active": torch.ones(members, dtype=torch.bool) if active is None else active.contiguous(),
+        "keys": _keys(step, noisy),
+        "numbers": numbers,
+        "factor": step.factor.expand(members, tensors).contiguous(),
+        "step": state.step,
+        "metrics": torch.full((members, 3 + 2 * len(scopes)), torch.nan, dtype=torch.float64),
+    }
+    gradients = [gradient.contiguous() for gradient in step.gradients]
+    table = _table(problem, step, state, gradients, noisy, measuring)
+    for field, tensor in tensors_of.items():
+        setattr(problem, field, tensor.data_ptr())
+    library = _library()
+    assert library is not None
+    if library.hardy_upgd(ctypes.byref(problem)):
+        raise MemoryError(f"the step of {weights} weights finds no memory for its working space")
+    del gradients, table  # the library has read them by their addresses
+    _record(step, tensors_of["metrics"], scopes)
+
+
+def _numbers(step: Step) -> Float[Tensor, "N P #K"]:
+    shape = (step.shape[0], max(matrix.shape[1] for matrix in step.hyper.values()))
+    matrices = [step.hyper.get(name, absent) for name, absent in _absent(shape).items()]
+    return torch.stack([matrix if matrix.shape == shape else matrix.expand(shape) for matrix in matrices])
+
+
+@functools.lru_cache(maxsize=8)
+def _absent(shape: tuple[int, int]) -> dict[str, Tensor]:
+    return {name: torch.full(shape, value, dtype=torch.float64) for name, value in _NUMBERS.items()}
+
+
+def _keys(step: Step, noisy: Sequence[int]) -> Int[Tensor, "P"]:
+    source = step.standard_normal
+    if isinstance(source, KeyedNormal) and noisy:
+        return source.draw()
+    return torch.zeros(step.shape[0], dtype=torch.int64)
+
+
+def _own(step: Step, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [tensors[name] for name in step.names] if tensors else []
+
+
+def _statistics(problem: _Problem, measuring: Measuring) -> dict[str, Tensor]:
+    state = measuring.state
+    if measuring.estimator == "microbatch":
+        contributions(state)
+    problem.estimator = _ESTIMATORS.index(measuring.estimator)
+    problem.scopes, problem.warmup = len(measuring.scopes.names), measuring.warmup_steps
+    return {
+        "vgs_steps": state.steps,
+        "second_moment": state.second_moment,
+        "variance": state.variance,
+        "signal": state.signal,
+        "microbatch_squares": state.microbatch_squares,
+        "microbatches": state.microbatches,
+        "scope": measuring.scopes.index,
+    }
+
+
+def _table(
+    problem: _Problem,
+    step: Step,
+    state: UPGDState,
+    gradients: Sequence[Tensor],
+    noisy: Sequence[int],
+    measuring: Measuring | None,
+) -> array[int]:
+    """What the library is told tensor by tensor, one row for each field; the fields are set."""
+    members, count = step.shape
+    places = {k: place for place, k in enumerate(noisy)}
+    tensors = {
+        "weight": step.weights,
+        "gradient": gradients,
+        "utility": _own(step, state.utility),
+        "first": _own(step, state.first_moment),
+        "second": _own(step, state.second_moment),
+        "mean": [] if measuring is None else _own(step, measuring.state.mean),
+    }
+    rows = {
+        "sizes": [weight.numel() // members for weight in step.weights],
+        "row_lengths": [weight.shape[-1] if weight.ndim > 1 else 1 for weight in step.weights],
+        "column": list(range(count)) if step.columns is None else step.columns.tolist(),
+        "gating": [_GATINGS.index(option.gating) for option in step.options],
+        "protecting": [int(option.protecting) for option in step.options],
+        "adaptive_noise": [int(option.adaptive_noise) for option in step.options],
+        "noise": [places.get(k, -1) for k in range(count)],
+        **{field: [tensor.data_ptr() for tensor in listed] for field, listed in tensors.items() if listed},
+    }
+    table = array("q", itertools.chain.from_iterable(rows.values()))
+    address, _ = table.buffer_info()
+    for place, field in enumerate(rows):
+        setattr(problem, field, address + place * count * table.itemsize)
+    return table
+
+
+def _record(step: Step, metrics: Float[Tensor, "P M"], scopes: Sequence[str]) -> None:
+    columns = metrics.unbind(1)
+    step.metrics["train/grad_norm"], step.metrics["upgd/utility_max"], step.metrics["upgd/noise_to_signal"] = columns[:3]
+    if scopes:
+        record_factors(step, scopes, metrics[:, 3::2], metrics[:, 4::2])
