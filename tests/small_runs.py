@@ -146,9 +146,10 @@ def trainer(settings, seeds=(3,), dtype=torch.float64, env=None):
     return Trainer(settings, list(seeds), env=env, dtype=dtype)
 
 
-def rollout_shapes(P, T, E, O, action, S):  # noqa: E741
+def rollout_shapes(P, T, E, O, action, S, K):  # noqa: E741
     """Shapes of a rollout's fields."""
     block = (P, T, E)
     names = ("is_first", "log_prob", "value", "next_value", "reward", "terminated", "truncated", "valid")
-    special = {"raw_obs": (*block, O), "obs": (*block, O), "action": (*block, *action), "initial_state": (P, E, S)}
+    special = {"raw_obs": (*block, O), "obs": (*block, O), "action": (*block, *action), "initial_state": (P, E, S),
+               "critic": (*block, K), "next_critic": (*block, K)}  # fmt: skip
     return {**special, **dict.fromkeys(names, block)}

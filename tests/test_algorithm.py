@@ -489,7 +489,7 @@ def test_a_saved_model_holds_no_recurrent_state(tmp_path: Path) -> None:
     with safe_open(str(path), framework="pt") as file:
         names = set(file.keys())
     assert {name.split(".")[0] for name in names} == {
-        "parameters", "optimizer", "hyper", "observation", "reward", "timesteps", "generators",
+        "parameters", "optimizer", "hyper", "observation", "reward", "risk", "timesteps", "generators",
     }  # fmt: skip
     assert not [name for name in names if "recurrent" in name or "running_return" in name]
     loaded = DistributionalPPO.load(path)

@@ -85,7 +85,7 @@ def hardy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_help_names_every_command(hardy: Hardy) -> None:
     code, out, err = hardy("--help")
     assert (code, err) == (0, "")
-    for command in ("train", "resume", "eval", "config", "envs"):
+    for command in ("train", "resume", "eval", "attack", "config", "envs"):
         assert re.search(rf"\b{command}\b", out)
     assert "CONFIG" in hardy("train", "--help").out
     assert "--json" in hardy("eval", "--help").out

@@ -30,10 +30,12 @@ def everything_in_parts(monkeypatch):
     set_threads(1)
 
 
-def policy_of(members=P, quantiles=3, **settings):
+def policy_of(members=P, quantiles=3, twin=False, **settings):
     space = Box(-1, 1, (O,))
     given = {"memory_size": 11, "encoder": (13,), **settings}
-    policy = ActorCritic(space, Discrete(2), PolicySettings(**given), CriticSettings(quantiles=quantiles), range(members))
+    policy = ActorCritic(
+        space, Discrete(2), PolicySettings(**given), CriticSettings(quantiles=quantiles, twin=twin), range(members)
+    )
     shake_(policy)
     return policy
 
@@ -71,6 +73,7 @@ if compiled_step.available():
         "settings",
         [
             {"quantiles": 1},
+            {"twin": True, "head": (3,), "shared_memory": False},
             {"memory": "none", "encoder": ()},
             {"memory": "none", "head": (3, 19), "activation": "relu"},
             {"encoder": (), "memory_size": 1, "activation": "silu"},

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from hardy.envs import EnvSettings, list_envs, make
 from hardy.envs.base import BatchedEnv, EnvStep
 from hardy.envs.classic import CartPole, ClassicControl, MountainCarContinuous, Pendulum
+from hardy.envs.cliff import EDGE, LENGTH, ROUGH, WindyCliff, WindyCliffEnv, path_returns
 from hardy.envs.tasks import TASKS
 
-FULL = [task for task in TASKS.values() if task.kept is None]
+FULL = [task for task in TASKS.values() if task.kept is None and task.batched is not WindyCliff]
 MASKED = [task for task in TASKS.values() if task.kept is not None]
 
 
@@ -164,7 +165,8 @@ def test_population_of_three_equals_three_of_one(task) -> None:
     for member, env in enumerate(alone):
         rows = slice(member * per_member, (member + 1) * per_member)
         np.testing.assert_array_equal(env.reset(), first[rows])
-    assert len(np.unique(first[:, 0])) == len(first), "every row has its own generator"
+    if task.batched is not WindyCliff:  # which always starts alike; its gusts are each row's own, see below
+        assert len(np.unique(first[:, 0])) == len(first), "every row has its own generator"
     rng = np.random.default_rng(0)
     for _ in range(29):
         actions = random_actions(together, rng)
@@ -172,6 +174,43 @@ def test_population_of_three_equals_three_of_one(task) -> None:
         for member, env in enumerate(alone):
             rows = slice(member * per_member, (member + 1) * per_member)
             assert_same(env.step(actions[rows]), step, rows)
+
+
+@given(choices=st.lists(st.sampled_from([EDGE, ROUGH]), min_size=LENGTH, max_size=LENGTH), gust=st.sampled_from([1e-12, 1.0]))
+@settings(deadline=None, max_examples=40)
+def test_the_cliff_and_its_gymnasium_twin_take_the_same_steps(choices, gust) -> None:
+    """Whatever the walker does, with a gust at every windy step or with none."""
+    env, single = build("WindyCliff-v0", [0], 1), WindyCliffEnv(gust=gust, fall=7.0, rough=0.4)
+    for name, value in {"gust": gust, "fall": 7.0, "rough": 0.4}.items():
+        env.set_physics(name, np.array([value]))
+    obs = env.reset()
+    np.testing.assert_array_equal(obs[0], single.reset(seed=0)[0])
+    for action in choices:
+        step = env.step(np.array([action]))
+        seen, reward, terminated, _, _ = single.step(action)
+        np.testing.assert_array_equal((step.obs if step.final_obs is None else step.final_obs)[0], seen)
+        assert (step.reward[0], step.terminated[0]) == (np.float32(reward), terminated)
+        assert not step.truncated[0]
+        if terminated:
+            break
+    assert terminated
+
+
+@pytest.mark.parametrize("choices", [(EDGE,) * 5, (ROUGH,) * 5, (EDGE, ROUGH, EDGE, ROUGH, ROUGH)])
+def test_returns_on_the_cliff_are_distributed_as_stated_and_each_row_has_its_own_gusts(choices) -> None:
+    env = build("WindyCliff-v0", [0], 4000)
+    env.reset()
+    returns, running = np.zeros(4000), np.ones(4000, dtype=bool)
+    for action in (*choices, EDGE):
+        step = env.step(np.full(4000, action))
+        returns += np.where(running, step.reward.astype(np.float64), 0)
+        running &= ~step.terminated
+    assert not running.any()
+    values, probabilities = path_returns(choices)
+    assert probabilities.sum() == pytest.approx(1)
+    assert (np.diff(values) > 0).all()
+    for value, probability in zip(values, probabilities, strict=True):
+        assert np.mean(np.abs(returns - value) < 1e-5) == pytest.approx(probability, abs=0.02)
 
 
 def test_a_row_does_not_depend_on_how_many_environments_its_member_has() -> None:

@@ -14,12 +14,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "hardy"
 LAYERS = {
     0: ("config", "population", "compiled", "parallel"),
     1: ("ops", "optim", "nn", "envs", "checkpoint", "metrics", "console", "lineage", "figures"),
-    2: ("policy", "report", "population_report", "pbt"),
+    2: ("policy", "adversary", "report", "population_report", "pbt"),
     3: ("rollout",),
     4: ("ppo",),
     5: ("settings",),
     6: ("trainer",),
-    7: ("algorithm", "evolution"),
+    7: ("algorithm", "evolution", "robustness"),
     8: ("run",),
     9: ("cli",),
 }

@@ -146,7 +146,7 @@ def test_every_autoreset_mode_trains_on_the_same_transitions():
     assert base.valid.all()
     steps = base.valid.sum((1, 2)).double()
     assert steps.tolist() == [27.0]
-    base_loss, base_parts = ppo.loss(base_run.policy, base, base_run.state.hyper, steps, 1.0)
+    base_loss, base_parts = ppo.loss(base_run.policy, base, base_run.state.hyper, steps)
     gradients = torch.autograd.grad(base_loss.sum(), list(base_run.policy.parameters()))
     for mode, (run, rollout, batch) in found.items():
         assert batch.valid.sum() == 27
@@ -158,7 +158,7 @@ def test_every_autoreset_mode_trains_on_the_same_transitions():
                 torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(rollout.terminated[0, keep, e], base_rollout.terminated[0, :, e])
             assert torch.equal(rollout.truncated[0, keep, e], base_rollout.truncated[0, :, e])
-        loss, parts = ppo.loss(run.policy, batch, run.state.hyper, steps, 1.0)
+        loss, parts = ppo.loss(run.policy, batch, run.state.hyper, steps)
         torch.testing.assert_close(loss, base_loss, atol=1e-12, rtol=1e-12)
         assert_same(parts, base_parts, 1e-12)
         for mine, theirs in zip(torch.autograd.grad(loss.sum(), list(run.policy.parameters())), gradients, strict=True):
@@ -172,14 +172,14 @@ def test_every_autoreset_mode_trains_on_the_same_transitions():
 def test_a_fake_transition_reaches_nothing_whatever_it_holds():
     run, rollout, batch = aligned_batch(AutoresetMode.NEXT_STEP)
     steps = batch.valid.sum((1, 2)).double()
-    clean, _ = ppo.loss(run.policy, batch, run.state.hyper, steps, 1.0)
+    clean, _ = ppo.loss(run.policy, batch, run.state.hyper, steps)
     fake = ~rollout.valid
     for name in ("reward", "next_value", "value"):
         getattr(rollout, name)[fake] = float("nan")
     spoiled = ppo.make_batch(rollout, run.state.hyper, normalize=True)
     for name in ("log_prob", "returns"):
         getattr(spoiled, name)[fake] = 1e6
-    assert torch.equal(ppo.loss(run.policy, spoiled, run.state.hyper, steps, 1.0)[0], clean)
+    assert torch.equal(ppo.loss(run.policy, spoiled, run.state.hyper, steps)[0], clean)
 
 
 # ------------------------------------------------------------------------------------------ a reference, episode by episode
@@ -272,7 +272,7 @@ def test_the_loss_equals_a_reference_computed_episode_by_episode(mode):
     shake_(run.policy, 0.1)
     batch = ppo.make_batch(rollout, run.state.hyper, normalize=True)
     steps = batch.valid.sum((1, 2)).double()
-    loss, parts = ppo.loss(run.policy, batch, run.state.hyper, steps, 1.0)
+    loss, parts = ppo.loss(run.policy, batch, run.state.hyper, steps)
     expected = reference_loss(run, rollout)
     assert parts["train/clip_fraction"].gt(0).any()
     found = [loss, parts["train/policy_loss"], parts["train/value_loss"], parts["train/entropy"]]
@@ -296,8 +296,8 @@ def test_uneven_minibatches_count_every_valid_step_once_an_epoch(monkeypatch, mi
     run = trainer(settings, range(3), env=scripted(scripts, AutoresetMode.NEXT_STEP, members=3))
     whole, seen, loss, make_batch = [], [], ppo.loss, ppo.make_batch
     monkeypatch.setattr(ppo, "make_batch", lambda *args, **kw: (whole.append(make_batch(*args, **kw)), whole[-1])[1])
-    monkeypatch.setattr(ppo, "loss", lambda policy, batch, hyper, steps, kappa: (
-        seen.append((batch, steps)), loss(policy, batch, hyper, steps, kappa)
+    monkeypatch.setattr(ppo, "loss", lambda policy, batch, hyper, steps, *rest: (
+        seen.append((batch, steps)), loss(policy, batch, hyper, steps)
     )[1])  # fmt: skip
     run.iterate(1000)
     per_epoch = 3 * microbatches

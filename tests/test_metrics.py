@@ -20,7 +20,8 @@ NAMED_BY_THE_PROJECT = (
     " train/clip_fraction train/explained_variance train/grad_norm train/learning_rate train/skipped_updates vgs/scaling_factor"
     " vgs/normalized_variance upgd/noise_to_signal upgd/utility_max plasticity/dormant_fraction plasticity/effective_rank"
     " plasticity/weight_norm env/drift_changes eval/mean eval/low eval/high time/total_timesteps time/elapsed"
-    " time/steps_per_second"
+    " time/steps_per_second risk/cvar risk/lambda risk/violation"
+    " adversary/epsilon adversary/robust_kl adversary/clean_grad_norm adversary/robust_grad_norm"
 )
 OF_A_POPULATION = (
     "pbt/score pbt/score_best pbt/score_mean pbt/score_std pbt/exploitation_count pbt/post_exploit_value_loss_ratio"

@@ -343,7 +343,7 @@ def at_start(**values: float) -> dict[str, Any]:
     return {"schedule": [{"step": 0, "values": {name.replace("__", "."): value for name, value in values.items()}}]}
 
 
-UNKNOWN = r"'optimizer.lrr' is no tunable number \(did you mean 'optimizer.lr'\?\); allowed are optimizer.beta1, .*ppo.gamma"
+UNKNOWN = r"'optimizer.lrr' is no tunable number \(did you mean 'optimizer.lr'\?\); allowed are .*optimizer.beta1, .*ppo.gamma"
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def test_every_axis_has_its_place(continuous, memory, shared):
         metrics = run.iterate(LONG)
     action = (17,) if continuous else ()
     state = {"lstm": 14, "gru": 14, "none": 0}[memory]
-    assert {name: tuple(value.shape) for name, value in vars(held[1]).items()} == rollout_shapes(3, 11, 5, 13, action, state)
+    assert {name: tuple(value.shape) for name, value in vars(held[1]).items()} == rollout_shapes(
+        3, 11, 5, 13, action, state, 23
+    )
     for leaf in leaves(run.state):
         assert leaf.tensor.shape[0] == 3, leaf.path
         assert leaf.tensor.isfinite().all() or leaf.path.startswith("collector.recent"), leaf.path
@@ -126,7 +128,7 @@ RULES = {
     "collector.obs": ExploitRule.KEEP, "collector.is_first": ExploitRule.RESET, "collector.recurrent": ExploitRule.RESET,
     "collector.episode_return": ExploitRule.KEEP, "collector.episode_length": ExploitRule.KEEP,
     "collector.recent_": ExploitRule.RESET, "collector.episodes": ExploitRule.KEEP, "timesteps": ExploitRule.KEEP,
-    "generators.": ExploitRule.KEEP,
+    "generators.": ExploitRule.KEEP, "risk.": ExploitRule.COPY,
 }  # fmt: skip
 INITIAL = {"collector.is_first": 1.0, "collector.recurrent": 0.0, "reward.running_return": 0.0, "collector.recent_": torch.nan}
 

@@ -1,8 +1,6 @@
-"""Quantiles: the loss finds the quantiles of known distributions, the tail mean has its closed form."""
+"""Quantiles: the loss finds the quantiles of known distributions."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch import Tensor
 
 from hardy.ops import quantiles as ops
 
@@ -94,43 +91,6 @@ def test_gradient_is_finite_everywhere(kappa: float) -> None:
     prediction = torch.zeros(1, 1, 3, requires_grad=True)
     ops.quantile_huber_loss(prediction, torch.tensor([[[0.0, 1.0, -50.0]]]), torch.tensor([kappa])).sum().backward()
     assert prediction.grad is not None and prediction.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(("count", "published"), [(21, 0.052), (32, 0.043), (51, 0.024), (101, 0.010)])
-def test_cvar_of_the_normal_distribution(count: int, published: float) -> None:
-    """Closed form −φ(Φ⁻¹(α))/α; the only error left is that of the piecewise-constant quantile function."""
-    alpha = 0.05
-    exact = -stats.norm.pdf(stats.norm.ppf(alpha)) / alpha
-    normal = torch.from_numpy(stats.norm.ppf(ops.quantile_midpoints(count, dtype=torch.float64).numpy()))
-    measured = ops.cvar(normal[None], torch.tensor([alpha], dtype=torch.float64)).item()
-    assert abs(measured / exact - 1) == pytest.approx(published, abs=6e-4)
-
-
-def exact_cvar(quantiles: Tensor, alpha: float) -> float:
-    """The integral of the piecewise-constant quantile function from 0 to α, divided by α, piece by piece."""
-    ordered, total = sorted(quantiles.tolist()), 0.0
-    for i, quantile in enumerate(ordered):
-        low, high = i / len(ordered), (i + 1) / len(ordered)
-        total += quantile * max(0.0, min(high, alpha) - low)
-    return total / alpha
-
-
-@settings(deadline=None, max_examples=25)
-@given(alpha=st.floats(1e-3, 1.0), count=st.integers(1, 12), seed=st.integers(0, 1000))
-def test_cvar_is_the_integral_of_the_tail(alpha: float, count: int, seed: int) -> None:
-    quantiles = torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    measured = ops.cvar(quantiles[None], torch.tensor([alpha], dtype=torch.float64)).item()
-    assert math.isclose(measured, exact_cvar(quantiles, alpha), rel_tol=1e-9, abs_tol=1e-12)
-
-
-def test_cvar_from_the_lowest_quantile_to_the_mean_one_alpha_for_each_member() -> None:
-    quantiles = torch.randn(5, 2, 3, 7)
-    alpha = torch.tensor([0.0, 1e-6, 1.0, 1.5, 0.3])
-    measured = ops.cvar(quantiles, alpha)
-    assert measured.shape == (5, 2, 3)
-    torch.testing.assert_close(measured[:2], quantiles[:2].min(-1).values)
-    torch.testing.assert_close(measured[2:4], ops.expected_value(quantiles[2:4]))
-    torch.testing.assert_close(measured[4:], ops.cvar(quantiles[4:], alpha[4:]))
 
 
 def test_mean() -> None:

@@ -57,7 +57,7 @@ class DistributionalPPO:
         vgs: whether gradients are scaled by their measured variance, or the scaler's settings as a mapping.
         seed: of weights, environments, actions and noise.
         num_envs: environments, where ``env`` is an id.
-        ppo, critic, normalizer, policy_kwargs: settings of those parts, as in a configuration file.
+        ppo, critic, normalizer, risk, adversary, policy_kwargs: settings of those parts, as in a configuration file.
         drift: makes the task change while it is being learnt, as in a configuration file.
         device: "cpu" or "cuda".
         threads: processor threads; by default every core the process may use.
@@ -80,6 +80,8 @@ class DistributionalPPO:
         ppo: Section | None = None,
         critic: Section | None = None,
         normalizer: Section | None = None,
+        risk: Section | None = None,
+        adversary: Section | None = None,
         policy_kwargs: Section | None = None,
         drift: Section | None = None,
         device: str = "cpu",
@@ -111,6 +113,8 @@ class DistributionalPPO:
                 "ppo": _section(ppo, n_minibatches=minibatches),
                 "critic": _section(critic),
                 "normalizer": _section(normalizer),
+                "risk": _section(risk),
+                "adversary": _section(adversary),
             },
         )
         self._hold(_trainer(settings, env))

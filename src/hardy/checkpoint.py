@@ -39,9 +39,12 @@ _COPIED = {
     "optimizer": "moments, utilities and VGS statistics",
     "observation": "observation statistics",
     "reward.moments": "return normaliser",
+    "risk": "multiplier of the CVaR limit",
     "hyper": "hyperparameters",
 }
 """Parts of a training state that an exploit copies."""
+_OPTIONAL = ("risk", "hyper")
+"""Parts without which a file is still whole."""
 _OWN = ("reward.running_return", "collector", "timesteps", "generators", "environment")
 """Parts that a member keeps, or that begin anew."""
 
@@ -233,7 +236,7 @@ def read_member(path: Path) -> MemberCheckpoint:
             raise CheckpointError(f"{path}: unknown part {name!r}{nearest(name, _COPIED)}; allowed are {', '.join(_COPIED)}")
         if tensor.ndim == 0 or tensor.shape[0] != 1:
             raise CheckpointError(f"{path}: {name} has shape {list(tensor.shape)}: one member has a first axis of 1")
-    needed = [part for part in _COPIED if part != "hyper"]
+    needed = [part for part in _COPIED if part not in _OPTIONAL]
     missing = tuple(part for part in needed if not any(_is_of(name, (part,)) for name in copied))
     if "parameters" in missing:
         raise CheckpointError(f"{path}: holds no weights ('parameters')")

@@ -1,4 +1,4 @@
-"""The command line: ``hardy train | pbt | resume | eval | config | envs``."""
+"""The command line: ``hardy train | pbt | resume | eval | attack | config | envs``."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import math
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
 from hardy import run
+from hardy.adversary import ATTACKS, NORMS, Attack, Norm
 from hardy.checkpoint import CheckpointError, package_version
-from hardy.config import ConfigError, dump_settings, load_settings
+from hardy.config import ConfigError, dump_settings, load_settings, nearest
 from hardy.console import print_error
 from hardy.envs import list_envs
 from hardy.evolution import PopulationLostError
 from hardy.settings import RunSettings
 
 FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+EPSILONS = (0.05, 0.1, 0.2)
+"""Radii of `hardy attack` where none is given."""
 app = typer.Typer(
     name="hardy",
     help="Train agents that remember, keep learning and stay safe while the world changes.",
@@ -92,6 +95,47 @@ def evaluate(
         _say(json.dumps({name: value if math.isfinite(value) else None for name, value in numbers}))
     else:
         _say(_sentence(result))
+
+
+@app.command()
+def attack(
+    folder: RunFolder,
+    epsilon: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.0,
+            help="Radius in deviations of the normalised observation; repeat for several.",
+            show_default="0.05, 0.1, 0.2",
+        ),
+    ] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="Repeat for several.", show_default=", ".join(ATTACKS))] = None,
+    norm: Annotated[str, typer.Option(help="linf: every entry by the radius at most; l2: the whole observation.")] = "linf",
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps of sgld, pgd and critic.")] = 10,
+    episodes: Annotated[int | None, typer.Option(min=2, help="Episodes; by default those of the configuration.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the environments; by default the run's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Return of a run's newest checkpoint under attacks on its observations, beside the natural one; draws attack.png."""
+    chosen: list[Any] = [*dict.fromkeys(attack or ATTACKS)]
+    problems = [
+        f"--attack {name}: must be one of {', '.join(ATTACKS)}{nearest(name, ATTACKS)}"
+        for name in chosen
+        if name not in ATTACKS
+    ]
+    if norm not in NORMS:
+        problems.append(f"--norm {norm}: must be one of {', '.join(NORMS)}{nearest(norm, NORMS)}")
+    if problems:
+        raise ConfigError(problems)
+    methods = [Attack(name, cast(Norm, norm), steps) for name in chosen]
+    results = run.attack(_existing(folder), methods, [*dict.fromkeys(epsilon or EPSILONS)], episodes, seed)
+    if as_json:
+        _say((folder / "attack.json").read_text(encoding="utf-8").rstrip())
+        return
+    for result in results:
+        at = "" if result.name == "natural" else f" at {result.epsilon:g}"
+        _say(f"{result.name}{at}: {_sentence(result.evaluation)}")
+    worst = min(results[1:], key=lambda result: result.evaluation.mean)
+    _say(f"strongest: {worst.name} at {worst.epsilon:g}; picture: {folder / 'attack.png'}")
 
 
 @app.command()

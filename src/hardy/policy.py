@@ -18,6 +18,8 @@ from hardy.nn import compiled_step
 from hardy.nn.distributions import ActionDistribution, action_noise, distribution_head_size, make_distribution
 from hardy.nn.linear import Activation, StackedLinear, StackedMLP
 from hardy.nn.recurrent import StackedRecurrent
+from hardy.ops.categorical import FIRST_SUPPORT
+from hardy.ops.critic import Critic, CriticSettings
 from hardy.parallel import pool
 from hardy.population import MemberGenerators
 
@@ -25,7 +27,7 @@ ACTION_GAIN = 0.01
 """The first policy is nearly uniform, so that early exploration does not depend on the draw of the weights."""
 
 StepOutputs = tuple[Tensor, Tensor, Tensor]
-"""The actor's outputs ``[P, E, A]``, the quantiles ``[P, E, Q]`` and the state ``[P, E, S]`` after a step."""
+"""The actor's outputs ``[P, E, A]``, the critics' ``[P, E, K]`` and the state ``[P, E, S]`` after a step."""
 
 
 class PolicySettings(Settings):
@@ -44,14 +46,6 @@ class PolicySettings(Settings):
     layer_norm: bool = False
     log_std_init: float = 0.0
     """Start of the logarithm of the standard deviation of continuous actions."""
-
-
-class CriticSettings(Settings):
-    """The distributional value head (QR-DQN, Dabney et al. 2018, applied to the state value)."""
-
-    quantiles: int = Field(32, ge=1)
-    huber_threshold: float = Field(1.0, ge=0)
-    """kappa of the quantile Huber loss, in units of the scaled return; 0 is the plain quantile loss."""
 
 
 class Trunk(nn.Module):
@@ -86,9 +80,11 @@ class Branch(nn.Module):
 
     Attributes:
         log_std: ``[P, A]`` of an actor with continuous actions.
+        twin: a critic's second head.
     """
 
     log_std: nn.Parameter | None
+    twin: Branch
 
     def __init__(
         self, trunk: Trunk | None, input_size: int, output_size: int, gain: float, settings: PolicySettings,
@@ -138,7 +134,13 @@ class ActorCritic(nn.Module):
         features = trunks[0].output_size
         actions = distribution_head_size(action_space)
         self.actor = Branch(own[0], features, actions, ACTION_GAIN, settings, generators)
-        self.critic = Branch(own[1], features, critic.quantiles, 1.0, settings, generators)
+        self.critic = Branch(own[1], features, Critic.head_size(critic), 1.0, settings, generators)
+        if critic.twin:  # a head of its own, drawn after everything else: the other weights stay those of a single critic
+            self.critic.twin = Branch(None, features, Critic.head_size(critic), 1.0, settings, generators)
+        if critic.kind == "categorical":  # beside the weights, so that whatever copies or saves those takes it along
+            support = torch.tensor(FIRST_SUPPORT).repeat(len(seeds), 1)
+            self.critic.support = nn.Parameter(support, requires_grad=False)
+        self.values = Critic(critic, getattr(self.critic, "support", None))
         if isinstance(action_space, gymnasium.spaces.Box):
             self.actor.log_std = nn.Parameter(torch.full((len(seeds), actions), settings.log_std_init))
 
@@ -148,18 +150,18 @@ class ActorCritic(nn.Module):
 
     def step(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
-    ) -> tuple[ActionDistribution, Float[Tensor, "P E Q"], Float[Tensor, "P E S"]]:
+    ) -> tuple[ActionDistribution, Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
         """One time step, the state reset first where ``is_first``.
 
         Returns:
-            The action distribution, the quantiles of the return, and the state after this step.
+            The action distribution, the critics' outputs (which `values` reads), and the state after this step.
         """
-        outputs, quantiles, state = self.step_outputs(obs, state, is_first)
-        return self.distribution(outputs), quantiles, state
+        outputs, critic, state = self.step_outputs(obs, state, is_first)
+        return self.distribution(outputs), critic, state
 
     def step_outputs(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
-    ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E Q"], Float[Tensor, "P E S"]]:
+    ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
         """As `step`, with the actor's outputs instead of the distribution that `distribution` makes of them."""
         state = state.masked_fill(is_first.unsqueeze(-1), 0.0)
         if self.core is not None:
@@ -170,7 +172,7 @@ class ActorCritic(nn.Module):
             actor_features, actor_state = self._own_trunks[0].step(obs, actor_state)
             critic_features, critic_state = self._own_trunks[1].step(obs, critic_state)
             state = torch.cat([actor_state, critic_state], dim=-1)
-        return self.actor(actor_features), self.critic(critic_features), state
+        return self.actor(actor_features), self._critics(critic_features), state
 
     def stepper(self, members: int, envs: int) -> Callable[[Tensor, Tensor, Tensor], StepOutputs]:
         """`step_outputs` for many steps with the weights of this moment, without gradients; compiled where that is possible."""
@@ -184,16 +186,18 @@ class ActorCritic(nn.Module):
             layer = step.add_mlp(compiled_step.OBSERVATION, trunk.encoder)
             features.append(layer if trunk.memory is None else step.add_lstm(layer, trunk.memory, state_at))
             state_at += trunk.state_size
-        branches = ((self.actor, features[0]), (self.critic, features[-1]))
-        actor, critic = (step.add_linear(step.add_mlp(source, branch.head), branch.output) for branch, source in branches)
-        return step.pack(actor, critic)
+        branches = [(self.actor, features[0]), (self.critic, features[-1])]
+        if self.values.heads == 2:
+            branches.append((self.critic.twin, features[-1]))
+        actor, *critics = (step.add_linear(step.add_mlp(source, branch.head), branch.output) for branch, source in branches)
+        return step.pack(actor, *critics)
 
     def forward(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
-    ) -> tuple[ActionDistribution, Float[Tensor, "P T E Q"]]:
-        """Whole sequences from a stored state: the action distributions and the quantiles of the return."""
+    ) -> tuple[ActionDistribution, Float[Tensor, "P T E K"]]:
+        """Whole sequences from a stored state: the action distributions and the critics' outputs (which `values` reads)."""
         actor_features, critic_features = self.features(obs, state, is_first)
-        return self.distribution(self.actor(actor_features)), self.critic(critic_features)
+        return self.distribution(self.actor(actor_features)), self._critics(critic_features)
 
     def features(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
@@ -209,6 +213,10 @@ class ActorCritic(nn.Module):
     def distribution(self, outputs: Float[Tensor, "P *batch A"]) -> ActionDistribution:
         """The action distribution that the actor's outputs stand for."""
         return make_distribution(self.action_space, outputs, self.actor.log_std)
+
+    def _critics(self, features: Tensor) -> Tensor:
+        outputs: Tensor = self.critic(features)
+        return torch.cat([outputs, self.critic.twin(features)], dim=-1) if self.values.heads == 2 else outputs
 
     def draw_noise(self, generators: MemberGenerators, *batch: int) -> Float[Tensor, "P ..."]:
         """The randomness of ``[P, *batch]`` actions, each member's from its own generator."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,17 +11,22 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
+from hardy.adversary import AdversarySettings, harm, noise_shape, perturb
 from hardy.config import Settings, tunable
+from hardy.nn.distributions import ActionDistribution
+from hardy.ops.categorical import follow_
 from hardy.ops.policy_loss import approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
-from hardy.ops.quantiles import quantile_huber_loss
-from hardy.ops.returns import gae
-from hardy.ops.schedules import ScheduleKind, schedule_factor
+from hardy.ops.returns import gae, sampled_returns
+from hardy.ops.risk import Objective
+from hardy.ops.schedules import ScheduleKind, ramp_factor, schedule_factor
 from hardy.optim import OptimizerState, PopulationOptimizer
 from hardy.policy import ActorCritic
-from hardy.population import MemberGenerators, member_sum
+from hardy.population import MemberGenerators, member_norm, member_sum, per_member
 from hardy.rollout import Rollout
 
 Hyper = Mapping[str, Tensor]
+Attacker = Callable[["Batch"], Tensor]
+"""The sequences of a batch to attacked observations."""
 KL_TOLERANCE = 1.5
 """A member stops its update once its KL exceeds this many times the target, as in Stable-Baselines3."""
 
@@ -59,6 +64,10 @@ class Batch:
     log_prob: Float[Tensor, "P T E"]
     advantage: Float[Tensor, "P T E"]
     returns: Float[Tensor, "P T E"]
+    targets: Float[Tensor, "P T E G"]
+    """G samples of the return, which the critics are trained on; ``returns`` itself where G is 1."""
+    critic: Float[Tensor, "P T E K"]
+    """The critics' outputs when the data were collected."""
     valid: Bool[Tensor, "P T E"]
 
     def environments(self, chosen: Tensor | slice) -> Batch:
@@ -73,12 +82,30 @@ class Batch:
         return Batch(**{name: select(value, 1 if name == "initial_state" else 2) for name, value in fields.items()})
 
 
-def make_batch(rollout: Rollout, hyper: Hyper, *, normalize: bool) -> Batch:
-    """Advantages and returns of a rollout, normalised per member over its valid steps if ``normalize``."""
-    advantage, returns = gae(
-        rollout.reward, rollout.terminated, rollout.truncated, rollout.valid, rollout.value, rollout.next_value,
-        hyper["ppo.gamma"], hyper["ppo.gae_lambda"],
-    )  # fmt: skip
+def make_batch(
+    rollout: Rollout,
+    hyper: Hyper,
+    *,
+    normalize: bool,
+    objective: Objective | None = None,
+    draws: MemberGenerators | None = None,
+) -> Batch:
+    """Advantages and returns of a rollout, normalised per member over its valid steps if ``normalize``.
+
+    Args:
+        objective: what counts besides the mean of the return.
+        draws: generators for samples of the return; used only where the objective asks for such targets.
+    """
+    outcome = (rollout.reward, rollout.terminated, rollout.truncated, rollout.valid)
+    gamma, gae_lambda = hyper["ppo.gamma"], hyper["ppo.gae_lambda"]
+    advantage, returns = gae(*outcome, rollout.value, rollout.next_value, gamma, gae_lambda)
+    targets = returns.unsqueeze(-1)
+    if objective is not None:
+        if objective.samples_returns and draws is not None:
+            own, following = (objective.critic.samples(outputs) for outputs in (rollout.critic, rollout.next_critic))
+            uniform = draws.uniform_(torch.empty(own.shape, dtype=own.dtype)).to(own.device)
+            targets = sampled_returns(*outcome, own, following, gamma, gae_lambda, uniform)
+        advantage = objective.advantage(advantage, targets, rollout.critic, hyper)
     if normalize:
         advantage = normalize_advantage(advantage, rollout.valid)
     return Batch(
@@ -89,32 +116,50 @@ def make_batch(rollout: Rollout, hyper: Hyper, *, normalize: bool) -> Batch:
         log_prob=rollout.log_prob,
         advantage=advantage,
         returns=returns,
+        targets=targets,
+        critic=rollout.critic,
         valid=rollout.valid,
     )
 
 
 def loss(
-    policy: ActorCritic, batch: Batch, hyper: Hyper, steps: Float[Tensor, "P"], huber_threshold: float
+    policy: ActorCritic,
+    batch: Batch,
+    hyper: Hyper,
+    steps: Float[Tensor, "P"],
+    attacked: Float[Tensor, "P T E O"] | None = None,
 ) -> tuple[Float[Tensor, "P"], dict[str, Float[Tensor, "P"]]]:
     """PPO's loss of each member, and its parts.
 
-    ``−min(r A, clip(r) A) + vf_coef · quantile Huber loss − ent_coef · entropy`` (Schulman et al. 2017, eq. 9), averaged over
-    valid steps only.
+    ``−min(r A, clip(r) A) + vf_coef · critic's loss − ent_coef · entropy`` (Schulman et al. 2017, eq. 9), averaged over valid
+    steps only.
 
     Args:
         steps: number of valid steps each member's sums are divided by: those of the whole minibatch, of which ``batch`` may be
             a part, so that the losses of the parts add up to that of the whole.
+        attacked: observations near the true ones. They add ``robust_kl_coef · KL(π(obs) ‖ π(attacked))`` of the same steps, in
+            closed form and with gradient to both sides (Zhang et al. 2020, eq. 5 and 7; for a Gaussian it is the Mahalanobis
+            form). The attacked sequences begin with the stored state and carry their own from there on.
     """
-    distribution, quantiles = policy(batch.obs, batch.initial_state, batch.is_first)
+    distribution, critic = policy(batch.obs, batch.initial_state, batch.is_first)
     log_prob = distribution.log_prob(batch.action)
+    if attacked is not None:
+        other, _ = policy(attacked, batch.initial_state, batch.is_first)
+        under_attack = per_member(hyper["adversary.epsilon"] > 0, 3)
+        chosen = under_attack & _first_share(hyper["adversary.adversarial_ratio"], batch.valid.shape[2])
+        log_prob = torch.where(chosen, other.log_prob(batch.action), log_prob)
 
     def average(value: Tensor) -> Tensor:
         return member_sum(value, batch.valid) / steps
 
     policy_loss = average(clipped_surrogate(log_prob, batch.log_prob, batch.advantage, hyper["ppo.clip_range"]))
-    value_loss = average(quantile_huber_loss(quantiles, batch.returns, huber_threshold))
+    value_loss = average(policy.values.loss(critic, batch.targets, batch.critic, hyper["critic.value_clip"]))
     entropy = average(distribution.entropy())
     total = policy_loss + hyper["ppo.vf_coef"] * value_loss - hyper["ppo.ent_coef"] * entropy
+    robust_kl = None
+    if attacked is not None:
+        robust_kl = average(torch.where(under_attack, distribution.kl(other), 0.0))
+        total = total + hyper["adversary.robust_kl_coef"] * robust_kl
     with torch.no_grad():
         share = member_sum(batch.valid.to(steps.dtype)) / steps
         parts = {
@@ -124,14 +169,26 @@ def loss(
             "train/approx_kl": average(approx_kl(log_prob, batch.log_prob)),
             "train/clip_fraction": share * clip_fraction(log_prob, batch.log_prob, hyper["ppo.clip_range"], batch.valid),
         }
+        if robust_kl is not None:
+            parts["adversary/robust_kl"] = robust_kl.detach()
     return total, parts
 
 
-def scheduled(hyper: Hyper, settings: PPOSettings, progress: float) -> dict[str, Tensor]:
+def _first_share(ratio: Float[Tensor, "P"], envs: int) -> Bool[Tensor, "P 1 E"]:
+    """This share of the environments, to the nearest whole number; which ones they are, the shuffling decides."""
+    return (torch.arange(envs, device=ratio.device) + 0.5 < ratio[:, None] * envs).unsqueeze(1)
+
+
+def scheduled(
+    hyper: Hyper, settings: PPOSettings, progress: float, adversary: AdversarySettings | None = None
+) -> dict[str, Tensor]:
     """The hyperparameters of this moment: schedules multiply the base, and never write to it."""
     current = dict(hyper)
     current["optimizer.lr"] = hyper["optimizer.lr"] * schedule_factor(settings.lr_schedule, progress)
     current["ppo.clip_range"] = hyper["ppo.clip_range"] * schedule_factor(settings.clip_schedule, progress)
+    if adversary is not None:
+        factor = ramp_factor(progress, adversary.warmup, adversary.ramp)
+        current["adversary.epsilon"] = hyper["adversary.epsilon"] * factor
     return current
 
 
@@ -141,6 +198,8 @@ class PPO:
     Args:
         policy: the actor-critics; its parameters are written in place.
         optimizer: of the same parameters.
+        objective: what counts besides the mean of the return.
+        adversary: how observations are attacked, for members whose epsilon is above 0.
         microbatches: parts of a minibatch whose gradients are taken one by one; more than one only for the gradient scaler's
             microbatch estimator.
     """
@@ -150,52 +209,76 @@ class PPO:
         policy: ActorCritic,
         optimizer: PopulationOptimizer,
         settings: PPOSettings,
-        huber_threshold: float,
+        objective: Objective,
+        adversary: AdversarySettings,
         microbatches: int,
     ) -> None:
         self.policy = policy
-        self.parameters = dict(policy.named_parameters())
+        self.parameters = {name: value for name, value in policy.named_parameters() if value.requires_grad}
         self.optimizer = optimizer
         self.settings = settings
-        self.huber_threshold = huber_threshold
+        self.objective = objective
+        self.adversary = adversary
         self.microbatches = microbatches
 
     def update(
-        self, rollout: Rollout, state: OptimizerState, hyper: Hyper, shuffle: MemberGenerators, noise: MemberGenerators
+        self,
+        rollout: Rollout,
+        state: OptimizerState,
+        hyper: Hyper,
+        generators: Mapping[str, MemberGenerators],
+        bounds: tuple[Float[Tensor, "P O"], Float[Tensor, "P O"]],
     ) -> dict[str, Float[Tensor, "P"]]:
         """All epochs over one rollout. Writes the parameters and ``state`` in place.
 
         Args:
             hyper: hyperparameters of this moment, schedules applied (see `scheduled`).
-            shuffle: generators for the order of the environments.
-            noise: generators for the optimizer's noise.
+            generators: the members' own, for the order of the environments (``shuffle``), the optimizer's noise (``noise``)
+                samples of the return (``target``) and the adversary (``attack``).
+            bounds: lowest and highest normalised observation.
 
         Returns:
             Metrics, averaged over the minibatches that each member trained on.
         """
-        whole = make_batch(rollout, hyper, normalize=self.settings.normalize_advantage)
+        normalize, draws = self.settings.normalize_advantage, generators["target"]
+        whole = make_batch(rollout, hyper, normalize=normalize, objective=self.objective, draws=draws)
         members, _, envs = whole.valid.shape
         running = whole.valid.new_ones(members)
         totals = _Averages(members, whole.obs)
+        split: dict[str, Tensor] = {}
         for _ in range(self.settings.n_epochs):
-            shuffled = whole.environments(shuffle.permutations(envs, running).to(whole.obs.device))
+            shuffled = whole.environments(generators["shuffle"].permutations(envs, running).to(whole.obs.device))
             for part in _split(shuffled, self.settings.n_minibatches):
-                gradients, metrics = self._gradients(part, hyper, state)
+                attack = self._attacker(hyper, bounds, generators["attack"], running)
+                gradients, metrics = self._gradients(part, hyper, state, attack)
+                if attack is not None and not split:
+                    split = self._split_norms(part, hyper, gradients)
                 running = running & self._within_target(metrics["train/approx_kl"])
                 finite = _finite(gradients)
                 trained = running & finite
                 # Called with nobody to train as well: it forgets the microbatches that were observed.
-                metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, noise, trained)
+                metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, generators["noise"], trained)
                 totals.add(metrics, trained)
                 totals.skipped += (running & ~finite).to(totals.skipped.dtype)
             if not running.any():
                 break
+        self._follow_returns(rollout, hyper)
         return {
             **totals.mean(),
+            **split,
             "train/skipped_updates": totals.skipped,
             "train/explained_variance": explained_variance(rollout.value, whole.returns, whole.valid),
             "train/learning_rate": hyper["optimizer.lr"],
         }
+
+    def _follow_returns(self, rollout: Rollout, hyper: Hyper) -> None:
+        support = self.policy.values.support
+        if support is None:
+            return
+        outcome = (rollout.reward, rollout.terminated, rollout.truncated, rollout.valid)
+        gamma = hyper["ppo.gamma"]
+        _, returns = gae(*outcome, rollout.value, rollout.next_value, gamma, torch.ones_like(gamma))
+        follow_(support, returns, rollout.valid)
 
     def _within_target(self, kl: Float[Tensor, "P"]) -> Bool[Tensor, "P"]:
         if self.settings.target_kl is None:
@@ -203,14 +286,49 @@ class PPO:
         # NaN is no reason to stop: that step is skipped, and the next minibatch may be sound.
         return ~(kl > KL_TOLERANCE * self.settings.target_kl)
 
-    def _gradients(self, batch: Batch, hyper: Hyper, state: OptimizerState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _attacker(
+        self, hyper: Hyper, bounds: tuple[Tensor, Tensor], draws: MemberGenerators, running: Bool[Tensor, "P"]
+    ) -> Attacker | None:
+        """What attacks the sequences of a batch, if any member is to be attacked; members that are not draw nothing."""
+        epsilon, method = hyper["adversary.epsilon"], self.adversary.method
+        members = running & (epsilon > 0)
+        if not bool(members.any()):
+            return None
+
+        def attack(batch: Batch) -> Tensor:
+            def respond(obs: Tensor) -> tuple[ActionDistribution, Tensor]:
+                distribution, critic = self.policy(obs, batch.initial_state, batch.is_first)
+                return distribution, self.policy.values.mean(critic)
+
+            shape = noise_shape(batch.obs.shape, method)
+            noise = draws.normal_(torch.zeros(shape, dtype=batch.obs.dtype), members).to(batch.obs.device)
+            return perturb(harm(method, respond, batch.obs), batch.obs, epsilon, bounds, noise, method)
+
+        return attack
+
+    def _split_norms(self, batch: Batch, hyper: Hyper, gradients: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "P"]]:
+        """Norms of the two parts of a gradient: what the adversary adds, and the rest."""
+        steps = member_sum(batch.valid.to(batch.obs.dtype)).clamp(min=1)
+        total, _ = loss(self.policy, batch, hyper, steps)
+        clean = torch.autograd.grad(total.sum(), list(self.parameters.values()))
+        added = [gradients[name] - part for name, part in zip(self.parameters, clean, strict=True)]
+        return {
+            "adversary/epsilon": hyper["adversary.epsilon"],
+            "adversary/clean_grad_norm": member_norm(clean),
+            "adversary/robust_grad_norm": member_norm(added),
+        }
+
+    def _gradients(
+        self, batch: Batch, hyper: Hyper, state: OptimizerState, attack: Attacker | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Gradients of each member's mean loss over ``batch``, and the loss's parts."""
         steps = member_sum(batch.valid.to(batch.obs.dtype)).clamp(min=1)
         parts = list(_split(batch, self.microbatches))
         gradients: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for part in parts:
-            total, measured = loss(self.policy, part, hyper, steps, self.huber_threshold)
+            attacked = None if attack is None else attack(part)
+            total, measured = loss(self.policy, part, hyper, steps, attacked)
             # Summed over P: a mean would divide every member's gradient by the size of the population.
             found = torch.autograd.grad(total.sum(), list(self.parameters.values()))
             part_gradients = dict(zip(self.parameters, found, strict=True))

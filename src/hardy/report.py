@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from hardy.checkpoint import package_version, write_bytes_atomic, write_json_atomic
-from hardy.figures import BLUE, GREEN, INK, MUTED, ORANGE, label_steps, legend_above, new_figure, png, set_title, style
+from hardy.figures import BLUE, GREEN, INK, MUTED, ORANGE, RED, label_steps, legend_above, new_figure, png, set_title, style
 from hardy.metrics import STEP, read_metrics
 from hardy.parallel import available_cores
 
 Status = Literal["finished", "interrupted", "failed"]
 SUMMARY = "summary.json"
+_SERIES = (BLUE, ORANGE, GREEN, RED, "#7c3aed")
 _VERSIONS = ("hardy", "torch", "numpy", "gymnasium")
 
 
@@ -94,6 +95,33 @@ def write_summary(
         summary["error"] = error
     path = folder / SUMMARY
     write_json_atomic(path, summary)
+    return path
+
+
+def attack_report(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write ``attack.json``, and draw ``attack.png``: the return over the radius of each attack, with 95 % intervals.
+
+    Args:
+        rows: ``attack``, ``epsilon``, ``mean``, ``low``, ``high`` and ``episodes`` each; the first is without attack.
+    """
+    written = [{name: value if isinstance(value, str) else _number(value) for name, value in row.items()} for row in rows]
+    write_json_atomic(folder / "attack.json", written)
+    figure = new_figure(9.0, 4.2)
+    axes = figure.subplots()
+    set_title(axes, folder.resolve().name)
+    natural, attacked = rows[0], rows[1:]
+    axes.axhspan(natural["low"], natural["high"], color=MUTED, alpha=0.2, linewidth=0, label="natural")
+    for color, name in zip(_SERIES, dict.fromkeys(row["attack"] for row in attacked), strict=False):
+        points = [natural, *sorted((row for row in attacked if row["attack"] == name), key=lambda row: row["epsilon"])]
+        radius, mean, low, high = (np.array([row[key] for row in points]) for key in ("epsilon", "mean", "low", "high"))
+        error = np.nan_to_num(np.abs(np.stack([low, high]) - mean), posinf=0.0)
+        axes.errorbar(radius, mean, yerr=error, color=color, marker="o", markersize=4, capsize=3, linewidth=1.6, label=name)
+    style(axes)
+    legend_above(axes)
+    axes.set_xlabel("radius of the attack, in deviations of the normalised observation", color=INK)
+    axes.set_ylabel("return", color=INK)
+    path = folder / "attack.png"
+    write_bytes_atomic(path, png(figure))
     return path
 
 

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hardy.envs import BatchedEnv, EnvStep
-from hardy.ops.quantiles import expected_value
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators, kept, reset_to, training_state
 
@@ -20,6 +19,8 @@ RECENT_EPISODES = 100
 """Window of the running scores, as in Gymnasium's and Stable-Baselines3's episode statistics."""
 
 Normalize = Callable[[Tensor], Tensor]
+Alter = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Normalised observations ``[P, E, O]``, memory ``[P, E, S]`` and ``is_first [P, E]`` to what the policy is shown instead."""
 
 
 @training_state
@@ -52,6 +53,7 @@ class Rollout:
     ``obs``, ``is_first``, ``action``, ``log_prob`` and ``value`` belong to the observation at ``t``; ``reward``,
     ``terminated``, ``truncated``, ``valid`` and ``next_value`` to the transition out of ``t``. ``next_value`` is the value of
     the state that the action led to: at a truncation, of the episode's final observation, with the memory of that episode.
+    ``critic`` and ``next_critic`` are the critics' outputs behind the two values.
     """
 
     raw_obs: Float[Tensor, "P T E O"]
@@ -66,6 +68,8 @@ class Rollout:
     truncated: Bool[Tensor, "P T E"]
     valid: Bool[Tensor, "P T E"]
     initial_state: Float[Tensor, "P E S"]
+    critic: Float[Tensor, "P T E K"]
+    next_critic: Float[Tensor, "P T E K"]
 
 
 def start(env: BatchedEnv, policy: ActorCritic, members: int) -> CollectorState:
@@ -136,18 +140,18 @@ def collect(
     action_noise = policy.draw_noise(noise, steps, envs).unbind(1)
     initial_state, recurrent = state.recurrent.clone(), state.recurrent
     obs, is_first = state.obs.clone(), state.is_first.clone()
-    final_value = obs.new_zeros(members, steps, envs)
+    final_critic: dict[int, Tensor] = {}
     acted: list[tuple[Tensor, ...]] = []
     outcomes: list[EnvStep] = []
     for t in range(steps):
-        outputs, quantiles, recurrent = step(normalize(obs), recurrent, is_first)
+        outputs, critic, recurrent = step(normalize(obs), recurrent, is_first)
         action = policy.distribution(outputs).sample(action_noise[t])
-        acted.append((obs, is_first, action, outputs, quantiles))
+        acted.append((obs, is_first, action, outputs, critic))
         outcome = env.step(action.flatten(0, 1).cpu().numpy())
         outcomes.append(outcome)
         if outcome.final_obs is not None and outcome.truncated.any():
             final_obs = normalize(torch.from_numpy(outcome.final_obs).reshape(obs.shape).to(obs))
-            final_value[:, t] = expected_value(step(final_obs, recurrent, torch.zeros_like(is_first))[1])
+            final_critic[t] = step(final_obs, recurrent, torch.zeros_like(is_first))[1]
         obs = torch.from_numpy(outcome.obs).reshape(obs.shape).to(obs)
         is_first = torch.from_numpy(outcome.is_first).view(members, envs).to(obs.device)
     state.obs.copy_(obs)
@@ -156,15 +160,17 @@ def collect(
     _count_episodes(state, outcomes)
     # An observation that was not finite would otherwise stay in the memory until its episode ends.
     reset_memory_(state, ~recurrent.isfinite().all(-1))
-    raw_obs, is_first, actions, outputs, quantiles = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
+    raw_obs, is_first, actions, outputs, critic = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
     reward, terminated, truncated, valid = (
         torch.from_numpy(np.stack([getattr(outcome, name) for outcome in outcomes])).view(steps, members, envs).transpose(0, 1)
         for name in ("reward", "terminated", "truncated", "valid")
     )
-    value = expected_value(quantiles)
-    last_value = expected_value(step(normalize(state.obs), state.recurrent, state.is_first)[1])
-    following = torch.cat([value[:, 1:], last_value.unsqueeze(1)], dim=1)
+    last = step(normalize(state.obs), state.recurrent, state.is_first)[1]
+    next_critic = torch.cat([critic[:, 1:], last.unsqueeze(1)], dim=1)
     truncated = truncated.to(policy.device)
+    for t, final in final_critic.items():
+        next_critic[:, t] = torch.where(truncated[:, t].unsqueeze(-1), final, next_critic[:, t])
+    value = policy.values.mean(critic)
     return Rollout(
         raw_obs=raw_obs,
         obs=normalize(raw_obs),
@@ -172,12 +178,14 @@ def collect(
         action=actions,
         log_prob=policy.distribution(outputs).log_prob(actions),
         value=value,
-        next_value=torch.where(truncated, final_value, following),
+        next_value=policy.values.mean(next_critic),
         reward=reward.to(value),
         terminated=terminated.to(policy.device),
         truncated=truncated,
         valid=valid.to(policy.device),
         initial_state=initial_state,
+        critic=critic,
+        next_critic=next_critic,
     )
 
 
@@ -208,6 +216,7 @@ def evaluate(
     *,
     max_steps: int,
     stop: Callable[[], bool] = lambda: False,
+    alter: Alter | None = None,
 ) -> Float[np.ndarray, "P episodes"]:
     """The return of one whole episode of every environment, weights and statistics frozen.
 
@@ -219,6 +228,7 @@ def evaluate(
         noise: generators for the samples; not drawn from where ``deterministic``.
         max_steps: an episode still running then counts with its return so far: some environments never end one.
         stop: asked before every step.
+        alter: what the policy is shown instead of the observation; the memory follows from that.
 
     Raises:
         KeyboardInterrupt: ``stop`` said so.
@@ -235,7 +245,8 @@ def evaluate(
             break
         if stop():
             raise KeyboardInterrupt
-        outputs, _, recurrent = policy_step(normalize(obs), recurrent, is_first)
+        seen = normalize(obs) if alter is None else alter(normalize(obs), recurrent, is_first)
+        outputs, _, recurrent = policy_step(seen, recurrent, is_first)
         distribution = policy.distribution(outputs)
         action = distribution.mode() if deterministic else distribution.sample(policy.draw_noise(noise, envs))
         step = env.step(action.flatten(0, 1).cpu().numpy())

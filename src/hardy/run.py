@@ -19,6 +19,7 @@ import gymnasium
 import numpy as np
 from scipy import stats
 
+from hardy.adversary import Attack
 from hardy.algorithm import export_policy
 from hardy.checkpoint import (
     CheckpointError,
@@ -38,7 +39,8 @@ from hardy.lineage import FILE_NAME as POPULATION
 from hardy.lineage import MemberRecord, PopulationWriter, best_member, read_population
 from hardy.metrics import MetricsWriter
 from hardy.population_report import lineage_picture, schedule_picture
-from hardy.report import SUMMARY, Status, learning_curve, write_summary
+from hardy.report import SUMMARY, Status, attack_report, learning_curve, write_summary
+from hardy.robustness import attacked_returns
 from hardy.settings import RunSettings
 from hardy.trainer import Metrics, Trainer
 
@@ -196,15 +198,58 @@ def evaluate(folder: Path, episodes: int | None, seed: int | None) -> Evaluation
         ConfigError: the folder holds no configuration.
         CheckpointError: there is no usable checkpoint.
     """
+    trainer, member = _restored(folder)
+    chosen = trainer.settings.evaluation
+    return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[member])
+
+
+def _restored(folder: Path) -> tuple[Trainer, int]:
+    """The newest usable checkpoint of a run, and of a population the member that scored best last."""
     settings = load_settings(RunSettings, folder / CONFIG)
-    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=2))
+    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
     trainer = make_trainer(settings)
     trainer.restore(path)
-    chosen = settings.evaluation
-    member = 0
-    if settings.population.size > 1:
-        member = best_member([record for record in _history(folder) if record.step <= trainer.timesteps])
-    return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[member])
+    if settings.population.size == 1:
+        return trainer, 0
+    return trainer, best_member([record for record in _history(folder) if record.step <= trainer.timesteps])
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackResult:
+    """What one attack left of an agent's return; ``name`` is ``natural`` without any."""
+
+    name: str
+    epsilon: float
+    evaluation: Evaluation
+
+
+def attack(
+    folder: Path, attacks: list[Attack], epsilons: list[float], episodes: int | None, seed: int | None
+) -> list[AttackResult]:
+    """Attack the newest usable checkpoint of a run, on the episodes of `evaluate`; leaves ``attack.json`` and ``attack.png``.
+
+    Of a population, the member that scored best last.
+
+    Args:
+        attacks: each is tried at each of ``epsilons``, radii in deviations of the normalised observation.
+
+    Returns:
+        The natural result, then one for each attack and radius.
+
+    Raises:
+        ConfigError: the folder holds no configuration.
+        CheckpointError: there is no usable checkpoint.
+    """
+    trainer, member = _restored(folder)
+    chosen = trainer.settings.evaluation
+    count, deterministic = episodes or chosen.episodes, chosen.deterministic
+    natural = trainer.evaluate(count, deterministic=deterministic, seed=seed)[member]
+    results = [AttackResult("natural", 0.0, summarise(natural))]
+    for method, epsilon in itertools.product(attacks, epsilons):
+        returns = attacked_returns(trainer, method, epsilon, count, deterministic=deterministic, seed=seed)[member]
+        results.append(AttackResult(method.name, epsilon, summarise(returns)))
+    attack_report(folder, [{"attack": r.name, "epsilon": r.epsilon, **dataclasses.asdict(r.evaluation)} for r in results])
+    return results
 
 
 def _history(folder: Path) -> list[MemberRecord]:

@@ -7,13 +7,16 @@ from typing import Literal, Self
 import torch
 from pydantic import Field, ValidationError, model_validator
 
+from hardy.adversary import AdversarySettings
 from hardy.config import Settings, nearest, tunables
 from hardy.envs import EnvSettings
 from hardy.nn.normalizer import NormalizerSettings
+from hardy.ops.critic import Critic, CriticSettings
+from hardy.ops.risk import RiskSettings
 from hardy.optim import OptimizerSettings, VGSSettings
 from hardy.pbt import PBTSettings
 from hardy.pbt.pb2 import require
-from hardy.policy import CriticSettings, PolicySettings
+from hardy.policy import PolicySettings
 from hardy.ppo import PPOSettings
 
 
@@ -65,6 +68,8 @@ class RunSettings(Settings):
     env: EnvSettings
     policy: PolicySettings = PolicySettings()
     critic: CriticSettings = CriticSettings()
+    risk: RiskSettings = RiskSettings()
+    adversary: AdversarySettings = AdversarySettings()
     ppo: PPOSettings = PPOSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     vgs: VGSSettings = VGSSettings()
@@ -145,6 +150,11 @@ class RunSettings(Settings):
             raise ValueError(
                 f"vgs.estimator = 'microbatch': env.num_envs = {self.env.num_envs} must be a multiple of ppo.n_minibatches * "
                 f"vgs.microbatches = {self.ppo.n_minibatches * self.microbatches}, since unequal parts would count as noise"
+            )
+        if self.risk.used and Critic.head_size(self.critic) == 1:
+            raise ValueError(
+                f"risk.weight = {self.risk.weight}, risk.cvar_limit = {self.risk.cvar_limit}: risk needs a distribution, but "
+                f"critic.kind = '{self.critic.kind}' predicts a single number here; use several quantiles or atoms"
             )
         if 1 < self.population.size < len(self.pbt.frequencies):
             raise ValueError(

@@ -20,6 +20,7 @@ from hardy.config import tunables
 from hardy.envs import BatchedEnv, Drift, make
 from hardy.nn.normalizer import ReturnNormalizer, RunningMoments
 from hardy.ops.plasticity import dormant_fraction, effective_rank
+from hardy.ops.risk import Objective, RiskState
 from hardy.optim import OptimizerState, PopulationOptimizer
 from hardy.parallel import available_cores, set_threads
 from hardy.policy import ActorCritic, describe_space
@@ -38,6 +39,7 @@ from hardy.population import (
 )
 from hardy.ppo import PPO, scheduled
 from hardy.rollout import (
+    Alter,
     CollectorState,
     Normalize,
     Rollout,
@@ -53,6 +55,8 @@ from hardy.settings import RunSettings
 
 PLASTICITY_SAMPLES = 512
 """Steps of a rollout on which the plasticity measures are taken: their cost stays small."""
+STREAMS = ("action", "shuffle", "noise", "target", "attack")
+"""What each member draws from random generators of its own."""
 PLASTICITY_EVERY = 10
 """Iterations between two such measurements."""
 ENVIRONMENT = "environment/"
@@ -70,6 +74,7 @@ class TrainingState:
     """Every tunable number by its dotted path, ``[P]`` each."""
     observation: RunningMoments = nested()
     reward: ReturnNormalizer = nested()
+    risk: RiskState = nested()
     collector: CollectorState = nested()
     timesteps: Tensor = kept()
     """``[P]`` environment steps taken."""
@@ -108,22 +113,25 @@ class Trainer:
             self.env.observation_space, self.env.action_space, settings.policy, settings.critic, self.seeds
         ).to(device=settings.device, dtype=dtype)
         parameters = {name: parameter.data for name, parameter in self.policy.named_parameters()}
-        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        trained = {name: parameters[name] for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+        shapes = {name: parameter.shape for name, parameter in trained.items()}
         optimizer = PopulationOptimizer(shapes, settings.optimizer, settings.vgs)
         collector = start(self.env, self.policy, members)
         self.state = TrainingState(
             parameters=parameters,
-            optimizer=optimizer.init(parameters),
+            optimizer=optimizer.init(trained),
             hyper={
                 name: expand(value, members, dtype=dtype, device=settings.device) for name, value in tunables(settings).items()
             },
             observation=RunningMoments.create(members, (self.policy.observation_size,), settings.device),
             reward=ReturnNormalizer.create(members, collector.is_first.shape[1], settings.device),
+            risk=RiskState(torch.zeros(members, dtype=dtype, device=settings.device)),
             collector=collector,
             timesteps=torch.zeros(members, dtype=torch.int64),
-            generators={name: MemberGenerators(self.seeds, name) for name in ("action", "shuffle", "noise")},
+            generators={name: MemberGenerators(self.seeds, name) for name in STREAMS},
         )
-        self.ppo = PPO(self.policy, optimizer, settings.ppo, settings.critic.huber_threshold, settings.microbatches)
+        objective = Objective(self.policy.values, settings.risk, self.state.risk)
+        self.ppo = PPO(self.policy, optimizer, settings.ppo, objective, settings.adversary, settings.microbatches)
         self.recent: Rollout | None = None
         """The last rollout, which a burn-in replays."""
 
@@ -148,6 +156,12 @@ class Trainer:
             return lambda obs: obs
         return self.state.observation.frozen(settings.clip_observation, settings.epsilon)
 
+    def observation_bounds(self) -> tuple[Float[Tensor, "P O"], Float[Tensor, "P O"]]:
+        """Lowest and highest observation there can be, as the policy would see them now."""
+        space, members = self.env.observation_space, len(self.seeds)
+        low, high = (self.policy.flatten(np.stack([bound] * members), members) for bound in (space.low, space.high))
+        return self.normalize(low).squeeze(1), self.normalize(high).squeeze(1)
+
     def iterate(self, total_timesteps: int) -> Metrics:
         """One rollout and one update of every member.
 
@@ -169,11 +183,11 @@ class Trainer:
             self.env, self.policy, state.collector, self.frozen_normalizer(), state.generators["action"],
             self.settings.ppo.n_steps,
         )  # fmt: skip
-        hyper = scheduled(state.hyper, self.settings.ppo, self.timesteps / total_timesteps)
+        progress = self.timesteps / total_timesteps
+        hyper = scheduled(state.hyper, self.settings.ppo, progress, self.settings.adversary)
         trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
-        metrics: Metrics = dict(
-            self.ppo.update(trained_on, state.optimizer, hyper, state.generators["shuffle"], state.generators["noise"])
-        )
+        metrics: Metrics = dict(self._risk(trained_on, hyper))
+        metrics |= self.ppo.update(trained_on, state.optimizer, hyper, state.generators, self.observation_bounds())
         if self.iteration % PLASTICITY_EVERY == 0:
             metrics |= self._plasticity(rollout)
         if self.settings.normalizer.observation:
@@ -201,6 +215,14 @@ class Trainer:
         scaled = self.state.reward.scale(rollout.reward, settings.clip_reward, settings.epsilon)
         return dataclasses.replace(rollout, reward=scaled)
 
+    def _risk(self, rollout: Rollout, hyper: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """CVaR from the starts of episodes in the units of the reward, and the step of the multipliers that follows from it."""
+        objective, epsilon = self.ppo.objective, self.settings.normalizer.epsilon
+        cvar = objective.cvar(rollout.critic, rollout.is_first & rollout.valid, hyper)
+        # Without scaling, the statistics stay where they began: at 1.
+        deviation = self.state.reward.deviation(epsilon).to(cvar.dtype)
+        return objective.adapt_(self.state.reward.unscale(cvar, epsilon), deviation, hyper)
+
     @torch.no_grad()
     def _plasticity(self, rollout: Rollout) -> Metrics:
         envs = math.ceil(PLASTICITY_SAMPLES / rollout.obs.shape[1])
@@ -213,7 +235,7 @@ class Trainer:
             # Each trunk against its own mean response; the trunks have equally many units.
             "plasticity/dormant_fraction": torch.stack([dormant_fraction(layer) for layer in layers]).mean(0),
             "plasticity/effective_rank": effective_rank(torch.cat(layers, dim=-1)),
-            "plasticity/weight_norm": member_norm(list(self.state.parameters.values())),
+            "plasticity/weight_norm": member_norm(list(self.ppo.parameters.values())),
         }
 
     def sound(self) -> Bool[np.ndarray, "P"]:
@@ -248,7 +270,7 @@ class Trainer:
         own = {name: value.clone() for name, value in state.hyper.items()}
         exploit_(state, chosen)
         if self.settings.pbt.optimizer_exploit_strategy == "reset":
-            fresh = self.ppo.optimizer.init(state.parameters)
+            fresh = self.ppo.optimizer.init(self.ppo.parameters)
             for leaf, new in zip(leaves(state.optimizer), leaves(fresh), strict=True):
                 leaf.tensor[replaced] = new.tensor[replaced]
         if keeps_hyperparams is not None:
@@ -288,7 +310,7 @@ class Trainer:
         Raises:
             CheckpointError: they are of another optimizer or shape; nothing is changed then.
         """
-        fresh = self.ppo.optimizer.init(self.state.parameters)
+        fresh = self.ppo.optimizer.init(self.ppo.parameters)
         values = {leaf.path: leaf.tensor for leaf in leaves(fresh, "optimizer.")}
         others = ("parameters.", "observation.", "hyper.")
         copied_leaves = [leaf for leaf in leaves(self.state) if leaf.rule is ExploitRule.COPY]
@@ -318,13 +340,20 @@ class Trainer:
         return rows
 
     def evaluate(
-        self, episodes: int, *, deterministic: bool = True, seed: int | None = None, stop: Callable[[], bool] = lambda: False
+        self,
+        episodes: int,
+        *,
+        deterministic: bool = True,
+        seed: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        alter: Alter | None = None,
     ) -> Float[np.ndarray, "P episodes"]:
         """Returns of whole episodes in fresh environments, weights and statistics frozen, physics as they are now.
 
         Args:
             seed: of the environments and samples, the same for all members; by default it follows from ``settings.seed``.
             stop: asked before every step.
+            alter: what the policy is shown instead of each observation.
 
         Raises:
             KeyboardInterrupt: ``stop`` said so.
@@ -336,9 +365,8 @@ class Trainer:
         try:
             noise = MemberGenerators([common] * members, "evaluation")
             limit = self.settings.evaluation.max_steps
-            return evaluate(
-                env, self.policy, self.frozen_normalizer(), members, deterministic, noise, max_steps=limit, stop=stop
-            )
+            arguments = (env, self.policy, self.frozen_normalizer(), members, deterministic, noise)
+            return evaluate(*arguments, max_steps=limit, stop=stop, alter=alter)
         finally:
             env.close()
 

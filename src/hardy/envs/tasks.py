@@ -13,6 +13,7 @@ from gymnasium.spaces import Box
 from gymnasium.utils import RecordConstructorArgs
 
 from hardy.envs.classic import CartPole, ClassicControl, MountainCarContinuous, Pendulum
+from hardy.envs.cliff import WindyCliff, WindyCliffEnv
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ TASKS = {
             ("position",),
             (0,),
             "rock an underpowered car out of a valley without seeing its velocity",
+        ),
+        Task(
+            "WindyCliff-v0",
+            WindyCliff,
+            WindyCliffEnv,
+            ("column", "row"),
+            None,
+            "walk along a windy cliff: on its edge, or over the rough ground behind it",
         ),
     )
 }

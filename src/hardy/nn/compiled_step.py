@@ -116,8 +116,8 @@ class CompiledStep:
         self._outputs.append(output)
         return len(self._layers) - 1
 
-    def pack(self, actor: int, critic: int) -> CompiledStep:
-        """Take the weights as they are now, for steps that return the outputs of these two linear layers."""
+    def pack(self, actor: int, *critics: int) -> CompiledStep:
+        """Take the weights as they are now, for steps that return the outputs of these linear layers."""
         work = self.envs * sum(layer.panel_stride for layer in self._layers)
         parts = min(self.envs, math.ceil(self.threads / self.members))
         useful = max(1, min(self.threads, self.members * work // SMALLEST_PART))
@@ -128,7 +128,7 @@ class CompiledStep:
         )
         self._run()
         self._network.packing = 0
-        self._results = [self._outputs[actor], self._outputs[critic]]
+        self._results = [self._outputs[layer] for layer in (actor, *critics)]
         rows = (self.members, self.envs)
         self._shapes = ((*rows, self._layers[0].inputs), (*rows, self.state_size), rows)
         return self
@@ -143,8 +143,8 @@ class CompiledStep:
 
     def __call__(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
-    ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E Q"], Float[Tensor, "P E S"]]:
-        """The actor's outputs, the critic's, and the state after this step, the state reset first where ``is_first``.
+    ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
+        """The actor's outputs, the critics' side by side, and the state after this step, reset first where ``is_first``.
 
         Raises:
             ValueError: a tensor has another shape or type than the weights want.
@@ -163,5 +163,5 @@ class CompiledStep:
         network.obs, network.is_first = obs.data_ptr(), is_first.data_ptr()
         network.state, network.next_state = state.data_ptr(), following.data_ptr()
         self._run()
-        actor, critic = self._results
-        return actor.clone(), critic.clone(), following
+        actor, *critics = self._results
+        return actor.clone(), torch.cat(critics, dim=-1), following

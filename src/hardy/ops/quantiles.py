@@ -1,4 +1,4 @@
-"""Distributions as N equally weighted quantiles: the loss that fits them, their mean and their tail."""
+"""Distributions as N equally weighted quantiles: the loss that fits them, and their mean."""
 
 from __future__ import annotations
 
@@ -66,22 +66,3 @@ def _scaled_huber(error: Tensor, kappa: float | Tensor) -> Tensor:
 def expected_value(quantiles: Float[Tensor, "P *batch Q"]) -> Float[Tensor, "P *batch"]:
     """Mean of the distribution, in the units of the quantiles."""
     return quantiles.mean(-1)
-
-
-def cvar(quantiles: Float[Tensor, "P *batch Q"], alpha: Float[Tensor, "P"]) -> Float[Tensor, "P *batch"]:
-    """Conditional value at risk: the mean of the worst (lowest) fraction ``alpha`` of the distribution.
-
-    The tail's last quantile counts with the fraction that reaches into the tail (Acerbi & Tasche 2002, def. 2.6), so the
-    result is exact for a piecewise-constant quantile function at any ``alpha``. Quantiles that cross are sorted first.
-
-    Args:
-        quantiles: equally weighted quantiles, in any order.
-        alpha: tail of each member in (0, 1]: 1 gives the mean, and towards 0 the lowest quantile. A number outside acts as
-            the nearer end.
-    """
-    count = quantiles.shape[-1]
-    tail = (alpha * count).clamp(min=torch.finfo(alpha.dtype).tiny, max=count)
-    position = torch.arange(count, dtype=quantiles.dtype, device=quantiles.device)
-    weight = (tail[:, None] - position).clamp(0, 1) / tail[:, None]
-    ordered = quantiles.sort(-1).values
-    return (ordered * weight.reshape(-1, *([1] * (quantiles.ndim - 2)), count)).sum(-1)

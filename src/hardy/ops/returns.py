@@ -52,3 +52,45 @@ def gae(
         following = delta[:, t] + torch.where(continues[t], decay * following, zero[:, 0])
         advantage[:, t] = following
     return advantage, advantage + value
+
+
+@torch.no_grad()
+def sampled_returns(
+    reward: Float[Tensor, "P T E"],
+    terminated: Bool[Tensor, "P T E"],
+    truncated: Bool[Tensor, "P T E"],
+    valid: Bool[Tensor, "P T E"],
+    own: Float[Tensor, "P T E G"],
+    following: Float[Tensor, "P T E G"],
+    gamma: Float[Tensor, "P"],
+    gae_lambda: Float[Tensor, "P"],
+    uniform: Float[Tensor, "P T E G"],
+) -> Float[Tensor, "P T E G"]:
+    """G samples of the return of each step, for fitting its distribution: SR(λ) (Nam, Kim & Park 2021,
+    arXiv:2105.11366, algorithm 1).
+
+    The λ-return as a mixture instead of an average: with probability λ a sample goes on into the next step of the episode,
+    otherwise it ends in the predicted distribution of that step::
+
+        G_t = r_t + γ (G_{t+1} with probability λ, else a sample of Z(s_{t+1}))
+
+    Its mean over the draws is `gae`'s return; unlike that it keeps the spread of what lies beyond the end.
+
+    Args:
+        own, following: samples of the distributions that ``value`` and ``next_value`` of `gae` are the means of, ascending.
+        uniform: numbers uniform in [0, 1), one for each decision.
+        reward, terminated, truncated, valid, gamma, gae_lambda: as in `gae`.
+
+    Returns:
+        In the units of the reward, without gradient. Where not ``valid``, ``own``.
+    """
+    discount = gamma[:, None, None]
+    continues = (valid & ~(terminated | truncated)).unsqueeze(-1) & (uniform < per_member(gae_lambda, 4))
+    bootstrap = torch.where(terminated.unsqueeze(-1), torch.zeros_like(following), following)
+    samples = torch.empty_like(own)
+    later = bootstrap[:, -1]
+    for t in reversed(range(own.shape[1])):
+        after = torch.where(continues[:, t], later, bootstrap[:, t]) if t + 1 < own.shape[1] else bootstrap[:, t]
+        later = torch.where(valid[:, t].unsqueeze(-1), reward[:, t].unsqueeze(-1) + discount * after, own[:, t])
+        samples[:, t] = later
+    return samples

@@ -22,3 +22,10 @@ def schedule_factor(kind: ScheduleKind, progress: float) -> float:
             return 1.0 - progress
         case "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def ramp_factor(progress: float, warmup: float, ramp: float) -> float:
+    """Factor for a base value: 0 for the share ``warmup`` of the run, then rising linearly to 1 over the share ``ramp``."""
+    if progress < warmup:
+        return 0.0
+    return min((progress - warmup) / ramp, 1.0) if ramp > 0 else 1.0
