@@ -524,9 +524,9 @@ def test_an_attacked_evaluation_sees_the_state_of_each_step_and_changes_nothing(
     before = snapshot(run.state)
     shown, stepped, real = [], [], adversary.perturb
     monkeypatch.setattr("hardy.robustness.perturb", lambda *args: (shown.append(real(*args)), shown[-1])[1])
-    step = run.policy.step
+    step = run.policy.step_outputs  # of the attack's responses and of the action alike
     monkeypatch.setattr(
-        run.policy, "step", lambda obs, state, first: (stepped.append((obs, state, first)), step(obs, state, first))[1]
+        run.policy, "step_outputs", lambda obs, state, first: (stepped.append((obs, state, first)), step(obs, state, first))[1]
     )
     returns = attacked_returns(run, Attack("fgsm", "linf", 3), 0.2, 4)
     assert returns.shape == (1, 4)
