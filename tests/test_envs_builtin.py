@@ -259,7 +259,8 @@ def test_state_of_other_sizes_is_refused() -> None:
         env.set_state({key: value for key, value in env.get_state().items() if key != "generators"})
 
 
-def test_physics_acts_per_row_and_derived_quantities_follow() -> None:
+@pytest.mark.parametrize("action", [0, 1])
+def test_physics_acts_per_row_and_derived_quantities_follow(action: int) -> None:
     """Heavier pole, other length: the result is that of Gymnasium with the same parameters and its derived ones recomputed."""
     env = build("CartPole-v1", [0], 2)
     env.reset()
@@ -268,7 +269,7 @@ def test_physics_acts_per_row_and_derived_quantities_follow() -> None:
     changed = {"masspole": 0.3, "masscart": 1.7, "length": 0.9, "gravity": 5.0, "force_mag": 7.0}
     for name, value in changed.items():
         env.set_physics(name, np.array([env.physics[name], value]))
-    step = env.step(np.array([1, 1]))
+    step = env.step(np.array([action, action]))
     for row, physics in enumerate(({}, changed)):
         single = TASKS["CartPole-v1"].single()
         single.reset(seed=0)
@@ -277,7 +278,7 @@ def test_physics_acts_per_row_and_derived_quantities_follow() -> None:
         single.total_mass = single.masspole + single.masscart
         single.polemass_length = single.masspole * single.length
         single.state = state[:, row].copy()
-        np.testing.assert_allclose(step.obs[row], single.step(1)[0], rtol=1e-6)
+        np.testing.assert_allclose(step.obs[row], single.step(action)[0], rtol=1e-6)
     assert not np.array_equal(step.obs[0], step.obs[1])
 
 

@@ -103,6 +103,17 @@ def test_values_follow_from_replaying_each_episode_with_its_own_memory(mode, sha
     assert last_value.isfinite().all()
 
 
+def test_the_memory_of_an_episode_of_one_step_reaches_its_final_value():
+    env = Recorder(scripted([[(1, TRUNCATED)]]))
+    policy = policy_for(env)
+    rollout = collect(env, policy, start(env, policy, 1), normalize, noise(), 3)
+    assert rollout.is_first.all()
+    for t, step in enumerate(env.steps):
+        _, memory = value_of(policy, rollout.raw_obs[0, t, 0], policy.initial_state(1, 1))
+        expected, _ = value_of(policy, step.final_obs[0], memory)
+        torch.testing.assert_close(rollout.next_value[0, t, 0], expected, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 def test_flags_and_rewards_belong_to_the_transition_out_of_t(mode):
     env = Recorder(scripted(SCRIPTS, mode))
