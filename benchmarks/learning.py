@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--out", help="name of the result; by default that of the configuration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     result = measure(load_settings(RunSettings, given.config, given.overrides), given.seeds)
     result["overrides"] = given.overrides
     RESULTS.mkdir(exist_ok=True)
