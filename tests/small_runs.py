@@ -146,6 +146,24 @@ def trainer(settings, seeds=(3,), dtype=torch.float64, env=None):
     return Trainer(settings, list(seeds), env=env, dtype=dtype)
 
 
+def assert_nan_stays_with_its_member(settings):
+    """Weights of one of three members that are not numbers: it skips its updates, the others stay bit-identical.
+
+    Returns:
+        The state of the population that was hurt.
+    """
+    runs = [trainer(settings, [1, 2, 3]) for _ in range(2)]
+    next(iter(runs[1].state.parameters.values()))[1].fill_(torch.nan)
+    for _ in range(2):
+        for run in runs:
+            metrics = run.iterate(1000)
+    assert metrics["train/skipped_updates"].tolist() == [0, 4, 0]
+    clean, hurt = (snapshot(run.state) for run in runs)
+    for p in (0, 2):
+        assert_same(member(hurt, p), member(clean, p))
+    return hurt
+
+
 def rollout_shapes(P, T, E, O, action, S, K):  # noqa: E741
     """Shapes of a rollout's fields."""
     block = (P, T, E)

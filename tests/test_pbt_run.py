@@ -463,6 +463,9 @@ def test_files_that_cannot_be_continued_are_named(finished: Path, tmp_path: Path
         ),
         ({**over("vgs.alpha", 0.01, 1), "vgs": {"enabled": False}}, "vgs.alpha has no effect with vgs.enabled = false"),
         ({**over("optimizer.beta1", 0.5, 0.9), "optimizer": {"name": "UPGD"}}, "no effect with optimizer.name = 'UPGD'"),
+        (over("risk.weight", 0.1, 1), "risk.weight has no effect with risk.weight = 0 and risk.cvar_limit = null"),
+        (over("critic.value_clip", 0.1, 1), "critic.value_clip has no effect with critic.value_clip = 0"),
+        (over("adversary.robust_kl_coef", 0.1, 1), "adversary.robust_kl_coef has no effect with adversary.epsilon = 0"),
         (over("optimizer.lr", 1e-60, 1e-50), "a float32, as which values are kept, has no such range"),
         (over("optimizer.lr", 1e39, 1e45), "a float32, as which values are kept, has no such range"),
         (

@@ -17,6 +17,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 from scipy import stats
 
 from hardy.adversary import Attack
@@ -325,7 +326,10 @@ class _Run:
     def _iterate(self, total: int, writer: MetricsWriter, view: LiveView) -> None:
         trainer = self.trainer
         metrics = trainer.iterate(total)
-        if self.evolution is None and not trainer.sound().all():
+        # A number that is not finite makes the gradients so, and a checkpoint to fall back to must be sound.
+        skipped = metrics["train/skipped_updates"]
+        suspect = self._is_regular(trainer.timesteps) or bool(torch.as_tensor(skipped).any())
+        if self.evolution is None and suspect and not trainer.sound().all():
             self._fall_back()
         if self.evolution is not None:
             metrics |= self.evolution.watch(metrics)

@@ -111,6 +111,13 @@ class RunSettings(Settings):
             raise ValueError(f"{where}: {name} has no effect with vgs.enabled = false")
         if name in ("optimizer.beta1", "optimizer.beta2", "optimizer.eps") and self.optimizer.name != "AdaptiveUPGD":
             raise ValueError(f"{where}: {name} has no effect with optimizer.name = '{self.optimizer.name}'")
+        if name.startswith("risk.") and not self.risk.used:
+            raise ValueError(f"{where}: {name} has no effect with risk.weight = 0 and risk.cvar_limit = null")
+        if name == "critic.value_clip" and self.critic.value_clip == 0:
+            raise ValueError(f"{where}: {name} has no effect with critic.value_clip = 0; give it a value to switch clipping on")
+        attacked = self.adversary.epsilon > 0 or "adversary.epsilon" in self.pbt.hyperparams
+        if name.startswith("adversary.") and not attacked:
+            raise ValueError(f"{where}: {name} has no effect with adversary.epsilon = 0")
 
     def require_tunable(self, where: str, name: str, value: float) -> None:
         """Refuse a name that is no tunable number, or a value that it cannot have.
