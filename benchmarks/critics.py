@@ -47,8 +47,11 @@ def main() -> None:
             results.append({"config": config.stem, "variant": name, "overrides": overrides, **found})
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{given.out}.json").write_text(json.dumps(results, indent=2) + "\n")
-            low, high = found["mean_interval"]
-            print(f"{config.stem:16} {name:14} mean {found['mean']:8.1f} ({low:.1f} to {high:.1f})", flush=True)
+            told = "  ".join(
+                f"{what} {found[key]:8.1f} ({found[f'{key}_interval'][0]:.1f} to {found[f'{key}_interval'][1]:.1f})"
+                for what, key in (("final", "mean"), ("while training", "while_training"))
+            )
+            print(f"{config.stem:16} {name:14} {told}", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,17 +39,23 @@ def interval(values: np.ndarray, statistic: Any) -> tuple[float, float]:
 
 
 def measure(settings: RunSettings, seeds: int, *, progress: bool = True) -> dict[str, Any]:
-    """Train ``seeds`` members to the end and evaluate each."""
+    """Train ``seeds`` members to the end and evaluate each.
+
+    ``while_training`` is the mean over the whole run of the return of the last 100 episodes: how early a configuration learns.
+    """
     trainer = Trainer(settings, seeds=[settings.seed + index for index in range(seeds)])
     began = told = time.monotonic()
+    curve = []
     while trainer.timesteps < settings.total_timesteps:
         metrics = trainer.iterate(settings.total_timesteps)
+        curve.append(metrics["rollout/ep_rew_mean"].numpy())
         if progress and time.monotonic() - told > 20:
             told = time.monotonic()
             print(f"{trainer.timesteps:,} steps, return {mean_over_members(metrics)['rollout/ep_rew_mean']:.1f}", flush=True)
     seconds = time.monotonic() - began
     returns = trainer.evaluate(settings.evaluation.episodes, deterministic=settings.evaluation.deterministic)
     means = returns.mean(1)
+    while_training = np.nanmean(curve, axis=0)
     return {
         "env": settings.env.id,
         "steps": trainer.timesteps,
@@ -60,6 +66,8 @@ def measure(settings: RunSettings, seeds: int, *, progress: bool = True) -> dict
         "interquartile_mean_interval": interval(means, interquartile_mean),
         "mean": float(means.mean()),
         "mean_interval": interval(means, np.mean),
+        "while_training": float(while_training.mean()),
+        "while_training_interval": interval(while_training, np.mean),
         "seconds": seconds,
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
