@@ -1,38 +1,17 @@
-"""Worker: trains sb3-contrib's RecurrentPPO on the common work and reports its speed. Runs in `.venv-bench`, without hardy.
-
-Protocol of all workers: the work as one JSON argument (see `benchmarks.throughput.Work`), the result as one JSON line, the
-last line of the standard output.
-"""
+"""Worker: trains sb3-contrib's RecurrentPPO on the common work and reports its speed; `benchmarks.worker` has the protocol."""
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
-import time
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
-import sb3_contrib
-import stable_baselines3
 import torch
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-
-class WithoutVelocity(gym.ObservationWrapper):
-    """CartPole's position and angle; both velocities hidden."""
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        space = env.observation_space
-        self.observation_space = gym.spaces.Box(space.low[[0, 2]], space.high[[0, 2]], dtype=space.dtype)
-
-    def observation(self, observation: np.ndarray) -> np.ndarray:
-        return observation[[0, 2]]
+from benchmarks.worker import Clock, main, task
 
 
 class Encoder(BaseFeaturesExtractor):
@@ -46,22 +25,18 @@ class Encoder(BaseFeaturesExtractor):
         return torch.tanh(self.layer(observations))
 
 
-class IterationClock(BaseCallback):
-    """Times whole iterations: from the start of one rollout to the start of the next, or to the end of learning."""
+class Iterations(BaseCallback):
+    """Marks whole iterations: from the start of one rollout to the start of the next, or to the end of learning."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self.times: list[float] = []
-        self.episodes: list[int] = []
+        self.clock = clock
 
     def _on_rollout_start(self) -> None:
-        self.times.append(time.perf_counter())
-
-    def _on_rollout_end(self) -> None:
-        self.episodes.append(int(self.model.rollout_buffer.episode_starts.sum()))
+        self.clock.mark()
 
     def _on_training_end(self) -> None:
-        self.times.append(time.perf_counter())
+        self.clock.mark()
 
     def _on_step(self) -> bool:
         return True
@@ -69,9 +44,8 @@ class IterationClock(BaseCallback):
 
 def run(work: dict[str, Any]) -> dict[str, Any]:
     """Train for ``warmup + iterations`` iterations; count time and steps of the latter."""
-    torch.set_num_threads(work["threads"])
     steps = work["num_envs"] * work["num_steps"]
-    envs = DummyVecEnv([lambda: WithoutVelocity(gym.make("CartPole-v1")) for _ in range(work["num_envs"])])
+    envs = DummyVecEnv([task] * work["num_envs"])
     model = RecurrentPPO(
         "MlpLstmPolicy",
         envs,
@@ -90,25 +64,10 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
         seed=work["seed"],
         device="cpu",
     )
-    clock = IterationClock()
-    model.learn(steps * (work["warmup"] + work["iterations"]), callback=clock)
-    seconds = clock.times[-1] - clock.times[work["warmup"]]
-    measured = steps * work["iterations"]
-    return {
-        "steps": measured,
-        "seconds": seconds,
-        "steps_per_second": measured / seconds,
-        "parameters": sum(parameter.numel() for parameter in model.policy.parameters()),
-        "mean_episode_length": measured / max(sum(clock.episodes[work["warmup"] :]), 1),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "gymnasium": gym.__version__,
-            "stable-baselines3": stable_baselines3.__version__,
-            "sb3-contrib": sb3_contrib.__version__,
-        },
-    }
+    clock = Clock(work, model.policy)
+    model.learn(steps * (work["warmup"] + work["iterations"]), callback=Iterations(clock))
+    return clock.result("gymnasium", "stable-baselines3", "sb3-contrib")
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(json.loads(sys.argv[1]))))
+    main(run)

@@ -1,0 +1,149 @@
+"""The libraries that Hardy is measured beside: which versions, what of their work differs, and an environment for each.
+
+Each library lives in a virtual environment of its own, `.venv-bench/NAME`, made when it is first measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+from benchmarks.processes import CommandError, call
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENTS = ROOT / ".venv-bench"
+INSTALL_LIMIT = 1800.0
+"""Seconds for one installation."""
+
+
+class SkippedError(Exception):
+    """A library cannot be measured here; the message is one line that says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A library to measure.
+
+    Attributes:
+        name: on the command line and in results.
+        package: whose version is the library's.
+        module: of the worker, in `benchmarks`.
+        requirements: for pip; none means the environment of the caller, which is Hardy's own.
+        remarks: what differs from the common work.
+        constrained: whether `constraints.txt` holds for the dependencies; otherwise only its version of torch does.
+        population: whether it trains a population; others train one agent, of whom members in turn are as fast in all.
+    """
+
+    name: str
+    package: str
+    module: str
+    requirements: tuple[str, ...]
+    remarks: str
+    constrained: bool = False
+    population: bool = False
+
+
+HARDY = Library(
+    "hardy",
+    "hardy",
+    "worker_hardy",
+    (),
+    "exact resets; AdaptiveUPGD with VGS, normalised observations and rewards; a population is trained as one program",
+    population=True,
+)
+PEERS = (
+    Library(
+        "sb3-contrib",
+        "sb3-contrib",
+        "peer_sb3_contrib",
+        ("sb3-contrib==2.9.2",),
+        "exact resets, by padding; one LSTM for actor and critic instead of its default of two, which is slower",
+        constrained=True,
+    ),
+    Library(
+        "rl-games",
+        "rl-games",
+        "peer_rl_games",
+        ("rl-games==1.6.5",),
+        "resets inside a sequence cut it for all environments; environments in one process, without Ray; not compiled",
+    ),
+    Library(
+        "sample-factory",
+        "sample-factory",
+        "peer_sample_factory",
+        ("sample-factory==2.1.1",),
+        "exact resets, by packed sequences; serial and synchronous, so without experience of older weights",
+    ),
+    Library(
+        "agilerl",
+        "agilerl",
+        "peer_agilerl",
+        ("agilerl==2.58.0", "peft==0.21.2"),
+        "exact resets, by padding; no layer in front of the LSTM, which is wider instead; minibatches of equally many "
+        "sequences, not steps; a population is trained in turn, without evolution",
+        population=True,
+    ),
+    Library(
+        "rllib",
+        "ray",
+        "peer_rllib",
+        ("ray[rllib]==2.60.0",),
+        "exact resets, by splitting and padding; environments and learner in one process",
+    ),
+)
+LEFT_OUT = {
+    "pufferlib": "3.0.0 downloads raylib and Box2D from GitHub while pip builds it, and its NO_OCEAN=1 ends in a NameError"
+}
+"""Libraries that were tried and have no worker, with the reason."""
+LIBRARIES = {library.name: library for library in (HARDY, *PEERS)}
+
+
+def wanted(library: Library) -> dict[str, Any]:
+    """What an installation of a library depends on: when that changes, it is installed anew."""
+    constraints = (ROOT / "constraints.txt").read_text().splitlines()
+    kept = [line for line in constraints if library.constrained or line.startswith("torch==")]
+    return {"requirements": [*library.requirements], "constraints": kept, "python": list(sys.version_info[:2])}
+
+
+def interpreter(library: Library, reinstall: bool = False, pip_options: tuple[str, ...] = ()) -> Path:
+    """The interpreter of a library's own environment, which is made on first use and when its requirements change.
+
+    A failed installation is remembered and not tried again until then.
+
+    Args:
+        library: of `LIBRARIES`.
+        reinstall: whether to install anew in any case.
+        pip_options: in front of the requirements.
+
+    Raises:
+        SkippedError: the library could not be installed.
+    """
+    if not library.requirements:
+        return Path(sys.executable)
+    folder = ENVIRONMENTS / library.name
+    record = folder / "installed.json"
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    if reinstall or known.get("wanted") != wanted(library):
+        known = {"wanted": wanted(library), "failure": _install(library, folder, pip_options)}
+        record.write_text(json.dumps(known, indent=2) + "\n")
+    if known["failure"]:
+        raise SkippedError(f"not installed: {known['failure']}")
+    return folder / "bin" / "python"
+
+
+def _install(library: Library, folder: Path, pip_options: tuple[str, ...]) -> str | None:
+    """Make the environment and install into it; why that failed, or None."""
+    print(f"installing {' '.join(library.requirements)} into {folder.relative_to(folder.parents[1])}", flush=True)
+    venv.create(folder, clear=True, with_pip=True)
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(wanted(library)["constraints"]) + "\n")
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", *pip_options]
+    try:
+        call([*pip, "-c", str(constraints), *library.requirements], INSTALL_LIMIT, ROOT)
+    except CommandError as error:
+        return str(error)
+    return None
