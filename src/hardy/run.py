@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,12 +40,14 @@ from hardy.lineage import FILE_NAME as POPULATION
 from hardy.lineage import MemberRecord, PopulationWriter, best_member, read_population
 from hardy.metrics import MetricsWriter
 from hardy.population_report import lineage_picture, schedule_picture
+from hardy.profiling import Profile, phase
 from hardy.report import SUMMARY, Status, attack_report, learning_curve, write_summary
 from hardy.robustness import attacked_returns
 from hardy.settings import RunSettings
 from hardy.trainer import Metrics, Trainer
 
 CONFIG, CHECKPOINTS, POLICY, SCHEDULE = "config.yaml", "checkpoints", "policy.safetensors", "schedule.yaml"
+TRACE = "trace.json"
 CONFIDENCE = 0.95
 STOPPING = "finishing this iteration; press Ctrl-C again to stop at once"
 
@@ -277,6 +279,7 @@ class _Run:
         self.evaluation: Evaluation | None = None
         self.evolution = Evolution(trainer) if len(trainer.seeds) > 1 else None
         self._population: PopulationWriter | None = None
+        self._profile = Profile(folder / TRACE, self.settings.device) if self.settings.profile else None
 
     def to_the_end(self, resume_step: int | None) -> Outcome:
         total = self.settings.total_timesteps
@@ -292,14 +295,17 @@ class _Run:
                 raise CheckpointError(str(damage)) from damage
             try:
                 with _interruptible(self.say) as interrupted:
-                    with LiveView(total, self.folder.name, self.trainer.timesteps) as view:
+                    with LiveView(total, self.folder.name, self.trainer.timesteps) as view, self._profile or nullcontext():
                         if self.evolution is not None and resume_step is None:
                             self._tell(self.evolution.start(), view)
                         while self.trainer.timesteps < total:
-                            self._iterate(total, writer, view)
+                            with nullcontext() if self._profile is None else self._profile.iteration():
+                                self._iterate(total, writer, view)
                             if interrupted():  # not before the first iteration: what has no checkpoint cannot be resumed
                                 break
                     self._save()
+                    for line in [] if self._profile is None else self._profile.table():
+                        self.say(line)
                     if self.trainer.timesteps >= total:
                         self._evaluate(writer, interrupted)
                 status = "interrupted" if self.evaluation is None else "finished"
@@ -332,15 +338,18 @@ class _Run:
         if self.evolution is None and suspect and not trainer.sound().all():
             self._fall_back()
         if self.evolution is not None:
-            metrics |= self.evolution.watch(metrics)
-            if self.evolution.due(total):
-                self._tell(self.evolution.exchange(), view)
-                metrics |= self.evolution.metrics()
+            with phase("PBT"):
+                metrics |= self.evolution.watch(metrics)
+                if self.evolution.due(total):
+                    self._tell(self.evolution.exchange(), view)
+                    metrics |= self.evolution.metrics()
         metrics["time/elapsed"] = self._elapsed
-        view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
+        with phase("logging"):
+            view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
         # After the row: a kill in between repeats the iteration, the other order would lose its row.
         if self._is_regular(trainer.timesteps):
-            self._save()
+            with phase("checkpoint"):
+                self._save()
 
     def _fall_back(self) -> None:
         """A member of a population is healed by the next exchange; a single agent has only its own past."""
