@@ -192,23 +192,26 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     return run.to_the_end(trainer.timesteps)
 
 
-def evaluate(folder: Path, episodes: int | None, seed: int | None) -> Evaluation:
+def evaluate(folder: Path, episodes: int | None, seed: int | None, overrides: Sequence[str] = ()) -> Evaluation:
     """Evaluate the newest usable checkpoint of a run in fresh environments, in the physics that the run ended with.
 
     Of a population, the member that scored best last.
 
+    Args:
+        overrides: ``section.key=value``, for this evaluation alone.
+
     Raises:
-        ConfigError: the folder holds no configuration.
+        ConfigError: the folder holds no configuration, or it does not fit with ``overrides``.
         CheckpointError: there is no usable checkpoint.
     """
-    trainer, member = _restored(folder)
+    trainer, member = _restored(folder, overrides)
     chosen = trainer.settings.evaluation
     return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[member])
 
 
-def _restored(folder: Path) -> tuple[Trainer, int]:
+def _restored(folder: Path, overrides: Sequence[str]) -> tuple[Trainer, int]:
     """The newest usable checkpoint of a run, and of a population the member that scored best last."""
-    settings = load_settings(RunSettings, folder / CONFIG)
+    settings = load_settings(RunSettings, folder / CONFIG, list(overrides))
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
     trainer = make_trainer(settings)
     trainer.restore(path)
@@ -227,7 +230,12 @@ class AttackResult:
 
 
 def attack(
-    folder: Path, attacks: list[Attack], epsilons: list[float], episodes: int | None, seed: int | None
+    folder: Path,
+    attacks: list[Attack],
+    epsilons: list[float],
+    episodes: int | None,
+    seed: int | None,
+    overrides: Sequence[str] = (),
 ) -> list[AttackResult]:
     """Attack the newest usable checkpoint of a run, on the episodes of `evaluate`; leaves ``attack.json`` and ``attack.png``.
 
@@ -235,15 +243,16 @@ def attack(
 
     Args:
         attacks: each is tried at each of ``epsilons``, radii in deviations of the normalised observation.
+        overrides: ``section.key=value``, for this command alone.
 
     Returns:
         The natural result, then one for each attack and radius.
 
     Raises:
-        ConfigError: the folder holds no configuration.
+        ConfigError: the folder holds no configuration, or it does not fit with ``overrides``.
         CheckpointError: there is no usable checkpoint.
     """
-    trainer, member = _restored(folder)
+    trainer, member = _restored(folder, overrides)
     chosen = trainer.settings.evaluation
     count, deterministic = episodes or chosen.episodes, chosen.deterministic
     natural = trainer.evaluate(count, deterministic=deterministic, seed=seed)[member]
