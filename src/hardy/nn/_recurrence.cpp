@@ -279,16 +279,17 @@ bool weight_gradients(const Problem& p, const float* zeros, const Kernel& kernel
     std::vector<Block> blocks;
     for (int64_t member = 0; member < p.members; ++member) {
         factor.push_back(factors(p, member, zeros));
-        for (int64_t matrix = 0; matrix < 2; ++matrix) {
-            const int64_t columns = matrix ? H : p.inputs;
-            float* const gradient = (matrix ? p.grad_weight_hh : p.grad_weight_ih) + member * 4 * H * columns;
-            for (int64_t range = 0; range < ranges; ++range)
+        // Blocks of the same gates follow one another: their gradients are in the cache then.
+        for (int64_t range = 0; range < ranges; ++range)
+            for (int64_t matrix = 0; matrix < 2; ++matrix) {
+                const int64_t columns = matrix ? H : p.inputs;
+                float* const gradient = (matrix ? p.grad_weight_hh : p.grad_weight_ih) + member * 4 * H * columns;
                 for (int64_t at = 0; at < columns; at += kernel.wide)
                     blocks.push_back({
                         factor.back().data() + matrix * count, p.grad_gates + member * count * 4 * H, count, 4 * H, columns,
                         4 * H * range / ranges, 4 * H * (range + 1) / ranges, at, gradient,
                         matrix == 0 && at == 0 ? p.grad_bias + member * 4 * H : nullptr});
-        }
+            }
     }
     return share_out(blocks.size(), p.threads, [&](size_t i) {
         static thread_local Workspace space;
