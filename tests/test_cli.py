@@ -329,3 +329,22 @@ def test_a_population_that_is_lost_ends_with_one_message(hardy: Hardy, monkeypat
     monkeypatch.setattr(Trainer, "sound", lambda self: np.zeros(2, dtype=bool))
     code, _, err = hardy("pbt", "tiny.yaml", "population.size=2", "pbt.interval=32")
     assert code == 1 and "no member has finite weights" in err and "Traceback" not in err
+
+
+def test_threads_can_be_given_to_every_command_that_computes(hardy: Hardy, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("hardy.trainer.set_threads", lambda threads, recurrent: seen.append(threads))
+    run = "artifacts/tiny-seed0"
+    for arguments in (
+        ["train", "tiny.yaml", "--threads", "3"],
+        ["resume", run, "total_timesteps=96", "--threads", "4"],
+        ["eval", run, "--threads", "5"],
+        ["attack", run, "--attack", "random", "--epsilon", "0.1", "--episodes", "2", "--threads", "6"],
+        ["eval", run],
+        ["pbt", "tiny.yaml", "population.size=2", "pbt.episodes=2", "--threads", "7"],
+    ):
+        code, _, err = hardy(*arguments)
+        assert (code, err) == (0, ""), arguments
+    assert seen == [3, 4, 5, 6, 4, 7]
+    hardy.refuses("train", "tiny.yaml", "--threads", "0", words=["threads = 0", ">= 1"])
+    hardy.refuses("eval", run, "--threads", "0", words=["threads = 0", ">= 1"])

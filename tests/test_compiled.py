@@ -151,10 +151,35 @@ if compiled.available():
         assert torch.equal(clean[:, :, others], spoiled[:, :, others])
         assert torch.equal(clean[0, :4, 2], spoiled[0, :4, 2])
 
-    def test_threads_do_not_change_the_values():
-        x, state, is_first, weights = draw(2, 41, 7, 13, 37, 0.1)
-        one, *others = (compiled.lstm_layer(x, state, is_first, 0, weights, threads) for threads in (1, 2, 3, 17))
-        assert all(torch.equal(one, other) for other in others)
+    @pytest.mark.parametrize("level", LEVELS)
+    @pytest.mark.parametrize(("members", "steps", "envs"), [(2, 41, 7), (1, 131, 3), (1, 17, 1), (5, 7, 2)])
+    def test_threads_change_neither_values_nor_gradients(level, members, steps, envs):
+        x, state, is_first, weights = draw(members, steps, envs, 13, 37, 0.1)
+        inputs = [x, *weights]
+        results = []
+        for threads in (1, 2, 3, 17):
+            output = compiled.lstm_layer(x, state, is_first, 0, weights, threads, level)
+            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        for other in results[1:]:
+            assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+    def test_work_is_cut_so_that_threads_end_together(monkeypatch):
+        seen = []
+
+        class Library:
+            @staticmethod
+            def hardy_lstm(problem):
+                seen.append((problem._obj.parts, problem._obj.threads))
+                return 0
+
+        monkeypatch.setattr(compiled, "_library", Library)
+        monkeypatch.setattr(compiled, "SMALLEST_PART", 100 * 4 * 10 * 20)  # two environments' worth of what is below
+        cases = {(1, 2, 8): (1, 1), (1, 3, 8): (1, 1), (1, 4, 8): (2, 2), (1, 64, 8): (8, 8), (3, 64, 2): (2, 2),
+                 (4, 64, 2): (1, 2), (6, 64, 4): (2, 4), (8, 64, 2): (1, 2), (64, 4, 8): (1, 8)}  # fmt: skip
+        for members, envs, threads in cases:
+            x, state, is_first, weights = draw(members, 50, envs, 10, 10, 0.1)
+            compiled.lstm_layer(x.detach(), state, is_first, 0, [weight.detach() for weight in weights], threads)
+        assert seen == list(cases.values())
 
     @pytest.mark.parametrize(
         ("wrong", "message"),

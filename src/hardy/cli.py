@@ -37,6 +37,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace those of the file.", show_default=False),
 ]
+Threads = Annotated[int | None, typer.Option(help="Processor threads, in place of the setting threads.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, as printed by train.", show_default=False)]
 
 
@@ -59,16 +60,16 @@ def _options(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(config: Config, overrides: Overrides = None, threads: Threads = None) -> None:
     """Train the agent, or the population, that CONFIG describes; results go to artifacts/<run>/."""
-    settings = load_settings(RunSettings, config, overrides or [])
+    settings = load_settings(RunSettings, config, _with_threads(overrides, threads))
     _finish(run.train(settings, config.stem, _say))
 
 
 @app.command()
-def pbt(config: Config, overrides: Overrides = None) -> None:
+def pbt(config: Config, overrides: Overrides = None, threads: Threads = None) -> None:
     """Train the population that CONFIG describes (population.size, pbt.*), its members learning from one another."""
-    settings = load_settings(RunSettings, config, overrides or [])
+    settings = load_settings(RunSettings, config, _with_threads(overrides, threads))
     size = settings.population.size
     if size < 2:
         raise ConfigError([f"population.size = {size}: must be at least 2; add for instance population.size=8"])
@@ -76,9 +77,9 @@ def pbt(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def resume(folder: RunFolder, overrides: Overrides = None) -> None:
+def resume(folder: RunFolder, overrides: Overrides = None, threads: Threads = None) -> None:
     """Continue an interrupted run, or a finished one with a larger total_timesteps."""
-    _finish(run.resume(_existing(folder), overrides or [], _say))
+    _finish(run.resume(_existing(folder), _with_threads(overrides, threads), _say))
 
 
 @app.command("eval")
@@ -87,9 +88,10 @@ def evaluate(
     episodes: Annotated[int | None, typer.Option(min=2, help="Episodes; by default those of the configuration.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the environments; by default the run's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print mean, low, high and episodes as JSON.")] = False,
+    threads: Threads = None,
 ) -> None:
     """Mean return of a run's newest checkpoint with its 95 % interval; weights and statistics stay frozen."""
-    result = run.evaluate(_existing(folder), episodes, seed)
+    result = run.evaluate(_existing(folder), episodes, seed, _with_threads(None, threads))
     if as_json:  # which has neither NaN nor infinity
         numbers = dataclasses.asdict(result).items()
         _say(json.dumps({name: value if math.isfinite(value) else None for name, value in numbers}))
@@ -114,6 +116,7 @@ def attack(
     episodes: Annotated[int | None, typer.Option(min=2, help="Episodes; by default those of the configuration.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the environments; by default the run's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    threads: Threads = None,
 ) -> None:
     """Return of a run's newest checkpoint under attacks on its observations, beside the natural one; draws attack.png."""
     chosen: list[Any] = [*dict.fromkeys(attack or ATTACKS)]
@@ -127,7 +130,8 @@ def attack(
     if problems:
         raise ConfigError(problems)
     methods = [Attack(name, cast(Norm, norm), steps) for name in chosen]
-    results = run.attack(_existing(folder), methods, [*dict.fromkeys(epsilon or EPSILONS)], episodes, seed)
+    radii = [*dict.fromkeys(epsilon or EPSILONS)]
+    results = run.attack(_existing(folder), methods, radii, episodes, seed, _with_threads(None, threads))
     if as_json:
         _say((folder / "attack.json").read_text(encoding="utf-8").rstrip())
         return
@@ -153,6 +157,10 @@ def envs() -> None:
         _say(f"{info.id}: {info.description}")
         _say(f"    observation: {info.observation}; action: {info.action}; {info.max_episode_steps} steps at most")
         _say(f"    may drift: {', '.join(info.physics)}")
+
+
+def _with_threads(overrides: list[str] | None, threads: int | None) -> list[str]:
+    return [*(overrides or []), *([] if threads is None else [f"threads={threads}"])]
 
 
 def _existing(folder: Path) -> Path:

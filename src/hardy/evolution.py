@@ -244,7 +244,7 @@ def replay(settings: RunSettings, records: Sequence[MemberRecord]) -> RunSetting
     env = settings.env
     if env.drift is not None and env.drift.seed is None:  # the world changes as it did for the population
         env = env.model_copy(update={"drift": env.drift.model_copy(update={"seed": settings.seed})})
-    single = {"population": PopulationSettings(), "pbt": PBTSettings(), "schedule": changes, "env": env}
+    single = {"population": PopulationSettings(), "pbt": PBTSettings(), "schedule": changes, "env": env, "profile": False}
     return settings.model_copy(update={**single, "seed": settings.seed + ancestry(records, best)[0].member})
 
 

@@ -6,9 +6,11 @@ recurrence is too small to split; the interpreter lock is released inside the ke
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,9 +18,24 @@ import torch
 Result = TypeVar("Result")
 
 
+CGROUP = Path("/sys/fs/cgroup")
+
+
 def available_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use; in a container fewer than the machine has: a set of cores, or a share of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _share_of_time())))
+
+
+def _share_of_time() -> float:
+    """Seconds of processor time that the container may take in a second; infinite where there is no limit."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # second and first version of cgroups
+        try:
+            quota, period = " ".join((CGROUP / name).read_text() for name in files).split()
+            return int(quota) / int(period) if int(quota) > 0 else math.inf
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return math.inf
 
 
 class WorkerPool:

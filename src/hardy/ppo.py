@@ -22,6 +22,7 @@ from hardy.ops.schedules import ScheduleKind, ramp_factor, schedule_factor
 from hardy.optim import OptimizerState, PopulationOptimizer
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators, member_norm, member_sum, per_member
+from hardy.profiling import phase, timed
 from hardy.rollout import Rollout
 
 Hyper = Mapping[str, Tensor]
@@ -141,10 +142,12 @@ def loss(
             closed form and with gradient to both sides (Zhang et al. 2020, eq. 5 and 7; for a Gaussian it is the Mahalanobis
             form). The attacked sequences begin with the stored state and carry their own from there on.
     """
-    distribution, critic = policy(batch.obs, batch.initial_state, batch.is_first)
+    with phase("forward"):
+        distribution, critic = policy(batch.obs, batch.initial_state, batch.is_first)
     log_prob = distribution.log_prob(batch.action)
     if attacked is not None:
-        other, _ = policy(attacked, batch.initial_state, batch.is_first)
+        with phase("adversary"):
+            other, _ = policy(attacked, batch.initial_state, batch.is_first)
         under_attack = per_member(hyper["adversary.epsilon"] > 0, 3)
         chosen = under_attack & _first_share(hyper["adversary.adversarial_ratio"], batch.valid.shape[2])
         log_prob = torch.where(chosen, other.log_prob(batch.action), log_prob)
@@ -241,25 +244,30 @@ class PPO:
             Metrics, averaged over the minibatches that each member trained on.
         """
         normalize, draws = self.settings.normalize_advantage, generators["target"]
-        whole = make_batch(rollout, hyper, normalize=normalize, objective=self.objective, draws=draws)
+        with phase("returns"):
+            whole = make_batch(rollout, hyper, normalize=normalize, objective=self.objective, draws=draws)
         members, _, envs = whole.valid.shape
         running = whole.valid.new_ones(members)
         totals = _Averages(members, whole.obs)
         split: dict[str, Tensor] = {}
         for _ in range(self.settings.n_epochs):
-            shuffled = whole.environments(generators["shuffle"].permutations(envs, running).to(whole.obs.device))
+            with phase("minibatches"):
+                shuffled = whole.environments(generators["shuffle"].permutations(envs, running).to(whole.obs.device))
             for part in _split(shuffled, self.settings.n_minibatches):
                 attack = self._attacker(hyper, bounds, generators["attack"], running)
                 gradients, metrics = self._gradients(part, hyper, state, attack)
                 if attack is not None and not split:
-                    split = self._split_norms(part, hyper, gradients)
+                    with phase("metrics"):
+                        split = self._split_norms(part, hyper, gradients)
                 running = running & self._within_target(metrics["train/approx_kl"])
-                finite = _finite(gradients)
-                trained = running & finite
-                # Called with nobody to train as well: it forgets the microbatches that were observed.
-                metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, generators["noise"], trained)
-                totals.add(metrics, trained)
-                totals.skipped += (running & ~finite).to(totals.skipped.dtype)
+                with phase("optimizer"):
+                    finite = _finite(gradients)
+                    trained = running & finite
+                    # Called with nobody to train as well: it forgets the microbatches that were observed.
+                    metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, generators["noise"], trained)
+                with phase("metrics"):
+                    totals.add(metrics, trained)
+                    totals.skipped += (running & ~finite).to(totals.skipped.dtype)
             if not running.any():
                 break
         self._follow_returns(rollout, hyper)
@@ -327,13 +335,16 @@ class PPO:
         gradients: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for part in parts:
-            attacked = None if attack is None else attack(part)
-            total, measured = loss(self.policy, part, hyper, steps, attacked)
+            attacked = None if attack is None else timed("adversary", attack)(part)
+            with phase("loss"):
+                total, measured = loss(self.policy, part, hyper, steps, attacked)
             # Summed over P: a mean would divide every member's gradient by the size of the population.
-            found = torch.autograd.grad(total.sum(), list(self.parameters.values()))
+            with phase("backward"):
+                found = torch.autograd.grad(total.sum(), list(self.parameters.values()))
             part_gradients = dict(zip(self.parameters, found, strict=True))
             if len(parts) > 1:
-                self.optimizer.observe_microbatch(part_gradients, state)
+                with phase("VGS"):
+                    self.optimizer.observe_microbatch(part_gradients, state)
             gradients = _add(gradients, part_gradients)
             metrics = _add(metrics, measured)
         return gradients, metrics

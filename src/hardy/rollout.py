@@ -14,6 +14,7 @@ from torch import Tensor
 from hardy.envs import BatchedEnv, EnvStep
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators, kept, reset_to, training_state
+from hardy.profiling import timed
 
 RECENT_EPISODES = 100
 """Window of the running scores, as in Gymnasium's and Stable-Baselines3's episode statistics."""
@@ -136,7 +137,8 @@ def collect(
         noise: the members' generators for their actions.
     """
     members, envs, _ = state.obs.shape
-    step = policy.stepper(members, envs)
+    step = timed("policy step", policy.stepper(members, envs))
+    step_env, normalize = timed("environment step", env.step), timed("normalising", normalize)
     action_noise = policy.draw_noise(noise, steps, envs).unbind(1)
     initial_state, recurrent = state.recurrent.clone(), state.recurrent
     obs, is_first = state.obs.clone(), state.is_first.clone()
@@ -147,7 +149,7 @@ def collect(
         outputs, critic, recurrent = step(normalize(obs), recurrent, is_first)
         action = policy.distribution(outputs).sample(action_noise[t])
         acted.append((obs, is_first, action, outputs, critic))
-        outcome = env.step(action.flatten(0, 1).cpu().numpy())
+        outcome = step_env(action.flatten(0, 1).cpu().numpy())
         outcomes.append(outcome)
         if outcome.final_obs is not None and outcome.truncated.any():
             final_obs = normalize(torch.from_numpy(outcome.final_obs).reshape(obs.shape).to(obs))

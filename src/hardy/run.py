@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,12 +40,14 @@ from hardy.lineage import FILE_NAME as POPULATION
 from hardy.lineage import MemberRecord, PopulationWriter, best_member, read_population
 from hardy.metrics import MetricsWriter
 from hardy.population_report import lineage_picture, schedule_picture
+from hardy.profiling import Profile, phase
 from hardy.report import SUMMARY, Status, attack_report, learning_curve, write_summary
 from hardy.robustness import attacked_returns
 from hardy.settings import RunSettings
 from hardy.trainer import Metrics, Trainer
 
 CONFIG, CHECKPOINTS, POLICY, SCHEDULE = "config.yaml", "checkpoints", "policy.safetensors", "schedule.yaml"
+TRACE = "trace.json"
 CONFIDENCE = 0.95
 STOPPING = "finishing this iteration; press Ctrl-C again to stop at once"
 
@@ -190,23 +192,26 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     return run.to_the_end(trainer.timesteps)
 
 
-def evaluate(folder: Path, episodes: int | None, seed: int | None) -> Evaluation:
+def evaluate(folder: Path, episodes: int | None, seed: int | None, overrides: Sequence[str] = ()) -> Evaluation:
     """Evaluate the newest usable checkpoint of a run in fresh environments, in the physics that the run ended with.
 
     Of a population, the member that scored best last.
 
+    Args:
+        overrides: ``section.key=value``, for this evaluation alone.
+
     Raises:
-        ConfigError: the folder holds no configuration.
+        ConfigError: the folder holds no configuration, or it does not fit with ``overrides``.
         CheckpointError: there is no usable checkpoint.
     """
-    trainer, member = _restored(folder)
+    trainer, member = _restored(folder, overrides)
     chosen = trainer.settings.evaluation
     return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[member])
 
 
-def _restored(folder: Path) -> tuple[Trainer, int]:
+def _restored(folder: Path, overrides: Sequence[str]) -> tuple[Trainer, int]:
     """The newest usable checkpoint of a run, and of a population the member that scored best last."""
-    settings = load_settings(RunSettings, folder / CONFIG)
+    settings = load_settings(RunSettings, folder / CONFIG, list(overrides))
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
     trainer = make_trainer(settings)
     trainer.restore(path)
@@ -225,7 +230,12 @@ class AttackResult:
 
 
 def attack(
-    folder: Path, attacks: list[Attack], epsilons: list[float], episodes: int | None, seed: int | None
+    folder: Path,
+    attacks: list[Attack],
+    epsilons: list[float],
+    episodes: int | None,
+    seed: int | None,
+    overrides: Sequence[str] = (),
 ) -> list[AttackResult]:
     """Attack the newest usable checkpoint of a run, on the episodes of `evaluate`; leaves ``attack.json`` and ``attack.png``.
 
@@ -233,15 +243,16 @@ def attack(
 
     Args:
         attacks: each is tried at each of ``epsilons``, radii in deviations of the normalised observation.
+        overrides: ``section.key=value``, for this command alone.
 
     Returns:
         The natural result, then one for each attack and radius.
 
     Raises:
-        ConfigError: the folder holds no configuration.
+        ConfigError: the folder holds no configuration, or it does not fit with ``overrides``.
         CheckpointError: there is no usable checkpoint.
     """
-    trainer, member = _restored(folder)
+    trainer, member = _restored(folder, overrides)
     chosen = trainer.settings.evaluation
     count, deterministic = episodes or chosen.episodes, chosen.deterministic
     natural = trainer.evaluate(count, deterministic=deterministic, seed=seed)[member]
@@ -277,6 +288,7 @@ class _Run:
         self.evaluation: Evaluation | None = None
         self.evolution = Evolution(trainer) if len(trainer.seeds) > 1 else None
         self._population: PopulationWriter | None = None
+        self._profile = Profile(folder / TRACE, self.settings.device) if self.settings.profile else None
 
     def to_the_end(self, resume_step: int | None) -> Outcome:
         total = self.settings.total_timesteps
@@ -292,14 +304,17 @@ class _Run:
                 raise CheckpointError(str(damage)) from damage
             try:
                 with _interruptible(self.say) as interrupted:
-                    with LiveView(total, self.folder.name, self.trainer.timesteps) as view:
+                    with LiveView(total, self.folder.name, self.trainer.timesteps) as view, self._profile or nullcontext():
                         if self.evolution is not None and resume_step is None:
                             self._tell(self.evolution.start(), view)
                         while self.trainer.timesteps < total:
-                            self._iterate(total, writer, view)
+                            with nullcontext() if self._profile is None else self._profile.iteration():
+                                self._iterate(total, writer, view)
                             if interrupted():  # not before the first iteration: what has no checkpoint cannot be resumed
                                 break
                     self._save()
+                    for line in [] if self._profile is None else self._profile.table():
+                        self.say(line)
                     if self.trainer.timesteps >= total:
                         self._evaluate(writer, interrupted)
                 status = "interrupted" if self.evaluation is None else "finished"
@@ -332,15 +347,18 @@ class _Run:
         if self.evolution is None and suspect and not trainer.sound().all():
             self._fall_back()
         if self.evolution is not None:
-            metrics |= self.evolution.watch(metrics)
-            if self.evolution.due(total):
-                self._tell(self.evolution.exchange(), view)
-                metrics |= self.evolution.metrics()
+            with phase("PBT"):
+                metrics |= self.evolution.watch(metrics)
+                if self.evolution.due(total):
+                    self._tell(self.evolution.exchange(), view)
+                    metrics |= self.evolution.metrics()
         metrics["time/elapsed"] = self._elapsed
-        view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
+        with phase("logging"):
+            view.update(trainer.timesteps, writer.write(trainer.timesteps, metrics))
         # After the row: a kill in between repeats the iteration, the other order would lose its row.
         if self._is_regular(trainer.timesteps):
-            self._save()
+            with phase("checkpoint"):
+                self._save()
 
     def _fall_back(self) -> None:
         """A member of a population is healed by the next exchange; a single agent has only its own past."""

@@ -65,6 +65,8 @@ class RunSettings(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = Field(None, ge=1, le=1024)
     """Processor threads; ``null`` takes every core the process may use."""
+    profile: bool = False
+    """Measure where the time of an iteration goes."""
     env: EnvSettings
     policy: PolicySettings = PolicySettings()
     critic: CriticSettings = CriticSettings()

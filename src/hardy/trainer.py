@@ -38,6 +38,7 @@ from hardy.population import (
     training_state,
 )
 from hardy.ppo import PPO, scheduled
+from hardy.profiling import phase
 from hardy.rollout import (
     Alter,
     CollectorState,
@@ -179,22 +180,28 @@ class Trainer:
         began = time.perf_counter()
         state = self.state
         self._follow_schedule()
-        rollout = self.recent = collect(
-            self.env, self.policy, state.collector, self.frozen_normalizer(), state.generators["action"],
-            self.settings.ppo.n_steps,
-        )  # fmt: skip
+        with phase("rest of the rollout"):
+            rollout = self.recent = collect(
+                self.env, self.policy, state.collector, self.frozen_normalizer(), state.generators["action"],
+                self.settings.ppo.n_steps,
+            )  # fmt: skip
         progress = self.timesteps / total_timesteps
         hyper = scheduled(state.hyper, self.settings.ppo, progress, self.settings.adversary)
-        trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
-        metrics: Metrics = dict(self._risk(trained_on, hyper))
+        with phase("normalising"):
+            trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
+        with phase("returns"):
+            metrics: Metrics = dict(self._risk(trained_on, hyper))
         metrics |= self.ppo.update(trained_on, state.optimizer, hyper, state.generators, self.observation_bounds())
         if self.iteration % PLASTICITY_EVERY == 0:
-            metrics |= self._plasticity(rollout)
+            with phase("metrics"):
+                metrics |= self._plasticity(rollout)
         if self.settings.normalizer.observation:
-            state.observation.update_(rollout.raw_obs.flatten(1, 2), rollout.valid.flatten(1, 2))
+            with phase("normalising"):
+                state.observation.update_(rollout.raw_obs.flatten(1, 2), rollout.valid.flatten(1, 2))
         state.timesteps += self.steps_per_iteration
         self.iteration += 1
-        metrics |= running_scores(state.collector)
+        with phase("metrics"):
+            metrics |= running_scores(state.collector)
         metrics["env/drift_changes"] = float(self.env.changes.max()) if isinstance(self.env, Drift) else 0.0
         metrics["time/total_timesteps"] = float(self.timesteps)
         metrics["time/steps_per_second"] = len(self.seeds) * self.steps_per_iteration / (time.perf_counter() - began)

@@ -1,8 +1,9 @@
 // The LSTM over whole sequences with exact resets, float32, for the CPU: values and gradients of one layer of all members.
 //
 // Sequences [T, E] are cut at their episode starts into rows whose initial state is known: the stored one or zero. Rows, longest
-// first, run side by side one time step after another, so that every product takes several rows. Memory in the order of the
-// steps ("packed": step by step of a part's rows) is used inside only; inputs and outputs stay where they are, at t * E + e.
+// first, run side by side one time step after another, so that every product takes several rows. What a row computes does not
+// depend on its neighbours, and the gradients of the weights are summed in the order of t * E + e, whatever rows ran together:
+// neither the number of threads nor that of parts changes a bit.
 //
 // And one time step of a whole policy, weights packed beforehand: the rollout's case.
 //
@@ -31,26 +32,35 @@ struct Problem {
     const float *state_hidden, *state_cell;                      // [P, E, state_stride]
     const float *weight_ih, *weight_hh, *bias_ih, *bias_hh;      // as in torch.nn.LSTM, P in front
     float* output;                                               // [P, T, E, H]
-    float *gates, *cell;                                         // [P, T * E, 4 H] activated, [P, T * E, H], both packed
+    float *gates, *cell;                                         // [P, T, E, 4 H] activated, [P, T, E, H]
     const float* grad_output;                                    // [P, T, E, H]
-    float* grad_gates;                                           // [P, T * E, 4 H], packed
+    float* grad_gates;                                           // [P, T, E, 4 H]
     float* grad_x;                                               // [P, T, E, I], or null
-    float *grad_weight_ih, *grad_weight_hh, *grad_bias;          // [P, parts, ...]
+    float *grad_weight_ih, *grad_weight_hh, *grad_bias;          // [P, ...]
 };
 
-// What one task works on: the rows of one part of one member. `m` counts its packed steps.
+// What one task works on: the rows of one part of one member. `m` counts their steps, all rows' first step first.
 struct Rows {
-    int64_t steps;                                     // of the longest row
-    int64_t count;                                     // packed steps
-    const int64_t* sizes;                              // rows alive in each step
-    const float* zeros;                                // [H]
+    int64_t steps;         // of the longest row
+    int64_t count;         // steps of all rows
+    const int64_t* sizes;  // rows alive in each step
+    const int64_t* at;     // by m: t * E + e
+    const float* zeros;    // [H]
     const float *const *x, *const *hidden, *const *cell_before;  // by m: input, state before the step
-    float* const* output;                              // by m
-    const float* const* grad_output;                   // by m
-    float* const* grad_x;                              // by m
-    float *gates, *cell, *grad_gates;                  // packed, from this part's first step on
+    float *output, *gates, *cell;                                // the member's, by `at`
+    const float* grad_output;
+    float *grad_gates, *grad_x;
     const float *weight_ih, *weight_hh, *bias_ih, *bias_hh;
-    float *grad_weight_ih, *grad_weight_hh, *grad_bias;
+};
+
+// A block of the gradient of one weight matrix of one member, and of the biases: gates first .. last - 1.
+struct Block {
+    const float* const* factor;  // by t * E + e: what the weights were multiplied with
+    const float* grad_gates;     // [T * E, 4 H]
+    int64_t count, gates, columns;
+    int64_t first, last, at;  // at: first column
+    float* gradient;          // [4 H, columns]
+    float* bias;              // [4 H], or null
 };
 
 enum Kind : int64_t { LINEAR, TANH, RELU, ELU, SILU, LSTM };
@@ -128,19 +138,21 @@ constexpr int64_t WIDEST = 64;
 struct Kernel {
     void (*forward)(const Problem&, const Rows&, float*);
     void (*backward)(const Problem&, const Rows&, float*, const float**, float**);
+    void (*weight_gradient)(const Block&, float*, const float**, float**);
     void (*pack)(const Layer&, int64_t member);
     void (*run_layer)(const Layer&, int64_t member, const LayerRows&, int64_t count);
+    int64_t wide;  // columns of a panel
 };
 
 Kernel choose(int64_t level) {
 #ifdef HARDY_DISPATCH
     if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return {avx512::forward, avx512::backward, avx512::pack, avx512::run_layer};
+        return {avx512::forward, avx512::backward, avx512::weight_gradient, avx512::pack, avx512::run_layer, avx512::WIDE};
     if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {avx2::forward, avx2::backward, avx2::pack, avx2::run_layer};
+        return {avx2::forward, avx2::backward, avx2::weight_gradient, avx2::pack, avx2::run_layer, avx2::WIDE};
 #endif
     static_cast<void>(level);
-    return {plain::forward, plain::backward, plain::pack, plain::run_layer};
+    return {plain::forward, plain::backward, plain::weight_gradient, plain::pack, plain::run_layer, plain::WIDE};
 }
 
 struct Row {
@@ -177,98 +189,128 @@ std::vector<Part> plan(const Problem& problem, int64_t member) {
 }
 
 struct Task {
-    int64_t member, part, begin;  // begin: its first packed step within the member
+    int64_t member;
     Part rows;
 };
 
-float* aligned(std::vector<float>& memory, int64_t size) {
-    if (memory.size() < static_cast<size_t>(size + 16)) memory.resize(static_cast<size_t>(size + 16));
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (64 - address % 64) % 64 / sizeof(float);
-}
+// Memory that a thread keeps between calls.
+struct Workspace {
+    std::vector<float> memory;
+    std::vector<const float*> from, x, hidden, cell_before;
+    std::vector<float*> to;
+    std::vector<int64_t> sizes, at;
 
-void run_task(const Problem& p, const Task& task, const Kernel& kernel, std::vector<float>& memory) {
+    float* aligned(int64_t size) {
+        if (memory.size() < static_cast<size_t>(size + 16)) memory.resize(static_cast<size_t>(size + 16));
+        const auto address = reinterpret_cast<uintptr_t>(memory.data());
+        return memory.data() + (64 - address % 64) % 64 / sizeof(float);
+    }
+};
+
+void run_rows(const Problem& p, const Task& task, const float* zeros, const Kernel& kernel, Workspace& space) {
     const int64_t count = task.rows.count, H = p.hidden, I = p.inputs, block = task.member * p.steps * p.envs;
     const bool back = p.grad_output != nullptr;
-    const int64_t share = task.member * p.parts + task.part;
-    float* const grad_weight_ih = back ? p.grad_weight_ih + share * 4 * H * I : nullptr;
-    float* const grad_weight_hh = back ? p.grad_weight_hh + share * 4 * H * H : nullptr;
-    float* const grad_bias = back ? p.grad_bias + share * 4 * H : nullptr;
-    if (count == 0) {  // fewer rows than parts
-        if (back) {
-            std::fill_n(grad_weight_ih, 4 * H * I, 0.0f);
-            std::fill_n(grad_weight_hh, 4 * H * H, 0.0f);
-            std::fill_n(grad_bias, 4 * H, 0.0f);
-        }
-        return;
-    }
-    std::vector<int64_t> sizes;
-    const std::vector<float> zeros(static_cast<size_t>(H), 0.0f);
+    if (count == 0) return;  // fewer rows than parts
     const auto size = static_cast<size_t>(count);
-    std::vector<const float*> x(size), hidden(size), cell_before(size), grad_output(size);
-    std::vector<float*> output(size), grad_x(size);
-    const int64_t packed = block + task.begin;
+    for (auto* pointers : {&space.x, &space.hidden, &space.cell_before}) pointers->resize(size);
+    space.at.resize(size);
+    space.sizes.clear();
     int64_t alive = static_cast<int64_t>(task.rows.rows.size()), m = 0;
     for (int64_t s = 0; m < count; ++s) {
         while (task.rows.rows[static_cast<size_t>(alive - 1)].length <= s) --alive;
-        sizes.push_back(alive);
+        space.sizes.push_back(alive);
         for (int64_t r = 0; r < alive; ++r, ++m) {
             const Row& row = task.rows.rows[static_cast<size_t>(r)];
-            const int64_t flat = block + (row.begin + s) * p.envs + row.env;
+            const int64_t flat = (row.begin + s) * p.envs + row.env, before = block + flat - p.envs;
             const auto at = static_cast<size_t>(m);
-            x[at] = p.x + flat * I;
-            output[at] = p.output + flat * H;
+            space.at[at] = flat;
+            space.x[at] = p.x + (block + flat) * I;
             if (s > 0) {
-                hidden[at] = p.output + (flat - p.envs) * H;
-                // One step earlier in the packed order, the same row stands as many places back as rows were alive then.
-                cell_before[at] = p.cell + (packed + m - sizes[static_cast<size_t>(s - 1)]) * H;
+                space.hidden[at] = p.output + before * H;
+                space.cell_before[at] = p.cell + before * H;
             } else if (row.stored) {
                 const int64_t stored = (task.member * p.envs + row.env) * p.state_stride;
-                hidden[at] = p.state_hidden + stored;
-                cell_before[at] = p.state_cell + stored;
+                space.hidden[at] = p.state_hidden + stored;
+                space.cell_before[at] = p.state_cell + stored;
             } else {
-                hidden[at] = cell_before[at] = zeros.data();
-            }
-            if (back) {
-                grad_output[at] = p.grad_output + flat * H;
-                if (p.grad_x != nullptr) grad_x[at] = p.grad_x + flat * I;
+                space.hidden[at] = space.cell_before[at] = zeros;
             }
         }
     }
     const Rows rows{
-        static_cast<int64_t>(sizes.size()), count, sizes.data(), zeros.data(), x.data(), hidden.data(), cell_before.data(),
-        output.data(), grad_output.data(), grad_x.data(),
-        p.gates + packed * 4 * H, p.cell + packed * H, back ? p.grad_gates + packed * 4 * H : nullptr,
+        static_cast<int64_t>(space.sizes.size()), count, space.sizes.data(), space.at.data(), zeros,
+        space.x.data(), space.hidden.data(), space.cell_before.data(),
+        p.output + block * H, p.gates + block * 4 * H, p.cell + block * H,
+        back ? p.grad_output + block * H : nullptr, back ? p.grad_gates + block * 4 * H : nullptr,
+        p.grad_x != nullptr ? p.grad_x + block * I : nullptr,
         p.weight_ih + task.member * 4 * H * I, p.weight_hh + task.member * 4 * H * H,
-        p.bias_ih + task.member * 4 * H, p.bias_hh + task.member * 4 * H,
-        grad_weight_ih, grad_weight_hh, grad_bias};
+        p.bias_ih + task.member * 4 * H, p.bias_hh + task.member * 4 * H};
     const int64_t widest = std::max(H, I) + WIDEST;
     if (!back) {
-        kernel.forward(p, rows, aligned(memory, 4 * H + 16 + 4 * (H + WIDEST) * widest));
+        kernel.forward(p, rows, space.aligned(4 * H + 16 + 4 * (H + WIDEST) * widest));
         return;
     }
-    std::vector<const float*> from(static_cast<size_t>(std::max(4 * H, count)));
-    std::vector<float*> to(static_cast<size_t>(4 * H));
-    const int64_t carry = sizes[0] * H + 16;
-    kernel.backward(p, rows, aligned(memory, carry + (4 * H + 128) * widest), from.data(), to.data());
+    space.from.resize(static_cast<size_t>(std::max(4 * H, count)));
+    space.to.resize(size);
+    const int64_t carry = space.sizes[0] * H + 16;
+    kernel.backward(p, rows, space.aligned(carry + 4 * H * widest), space.from.data(), space.to.data());
+}
+
+// What the weights of one member were multiplied with, by t * E + e: the inputs, then the hidden states before each step.
+std::vector<const float*> factors(const Problem& p, int64_t member, const float* zeros) {
+    const int64_t count = p.steps * p.envs, block = member * count;
+    std::vector<const float*> found(static_cast<size_t>(2 * count));
+    for (int64_t m = 0; m < count; ++m) {
+        const float* hidden = zeros;
+        if (!p.is_first[block + m])
+            hidden = m < p.envs ? p.state_hidden + (member * p.envs + m) * p.state_stride : p.output + (block + m - p.envs) * p.hidden;
+        found[static_cast<size_t>(m)] = p.x + (block + m) * p.inputs;
+        found[static_cast<size_t>(count + m)] = hidden;
+    }
+    return found;
+}
+
+bool weight_gradients(const Problem& p, const float* zeros, const Kernel& kernel) {
+    const int64_t count = p.steps * p.envs, H = p.hidden;
+    // Of gates: few, since each packs the factors anew, but enough to share out.
+    const int64_t panels = (p.inputs + kernel.wide - 1) / kernel.wide + (H + kernel.wide - 1) / kernel.wide;
+    const int64_t ranges = p.threads > 1 ? std::min<int64_t>(4, 1 + (2 * p.threads - 1) / (p.members * panels)) : 1;
+    std::vector<std::vector<const float*>> factor;
+    std::vector<Block> blocks;
+    for (int64_t member = 0; member < p.members; ++member) {
+        factor.push_back(factors(p, member, zeros));
+        // Blocks of the same gates follow one another: their gradients are in the cache then.
+        for (int64_t range = 0; range < ranges; ++range)
+            for (int64_t matrix = 0; matrix < 2; ++matrix) {
+                const int64_t columns = matrix ? H : p.inputs;
+                float* const gradient = (matrix ? p.grad_weight_hh : p.grad_weight_ih) + member * 4 * H * columns;
+                for (int64_t at = 0; at < columns; at += kernel.wide)
+                    blocks.push_back({
+                        factor.back().data() + matrix * count, p.grad_gates + member * count * 4 * H, count, 4 * H, columns,
+                        4 * H * range / ranges, 4 * H * (range + 1) / ranges, at, gradient,
+                        matrix == 0 && at == 0 ? p.grad_bias + member * 4 * H : nullptr});
+            }
+    }
+    return share_out(blocks.size(), p.threads, [&](size_t i) {
+        static thread_local Workspace space;
+        space.from.resize(static_cast<size_t>(4 * H));
+        space.to.resize(static_cast<size_t>(4 * H));
+        kernel.weight_gradient(blocks[i], space.aligned(128 * WIDEST), space.from.data(), space.to.data());
+    });
 }
 
 int run(const Problem& problem) {
     std::vector<Task> tasks;
-    for (int64_t member = 0; member < problem.members; ++member) {
-        int64_t begin = 0, number = 0;
-        for (Part& part : plan(problem, member)) {
-            const int64_t count = part.count;
-            tasks.push_back({member, number++, begin, std::move(part)});
-            begin += count;
-        }
-    }
+    for (int64_t member = 0; member < problem.members; ++member)
+        for (Part& part : plan(problem, member)) tasks.push_back({member, std::move(part)});
     const Kernel kernel = choose(problem.level);
+    const std::vector<float> zeros(static_cast<size_t>(problem.hidden), 0.0f);
     const bool done = share_out(tasks.size(), problem.threads, [&](size_t i) {
-        static thread_local std::vector<float> memory;
-        run_task(problem, tasks[i], kernel, memory);
+        static thread_local Workspace space;
+        run_rows(problem, tasks[i], zeros.data(), kernel, space);
     });
-    return done ? 0 : 1;
+    if (!done || problem.grad_output == nullptr) return done ? 0 : 1;
+    return weight_gradients(problem, zeros.data(), kernel) ? 0 : 1;
 }
 
 // One time step of environments begin .. end - 1 of one member, layer after layer.
@@ -319,7 +361,7 @@ int run(const Network& net) {
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // Changes with `Problem`, so that a library built from other sources is not used.
-EXPORTED int64_t hardy_lstm_version() { return 1; }
+EXPORTED int64_t hardy_lstm_version() { return 2; }
 
 // Values, or, where `grad_output` is given, gradients. Returns 0, or 1 if memory ran out.
 EXPORTED int hardy_lstm(const Problem* problem) {

@@ -118,13 +118,12 @@ inline void pack_columns(const float* const* rows, int64_t count, int64_t column
     for (int64_t k = 0; k < count; ++k) std::memcpy(panel + k * WIDE, rows[k] + first, static_cast<size_t>(width) * sizeof(float));
 }
 
-// What the input gives to the gates: gates[m] = bias + W_ih x[m].
+// What the input gives to the gates: bias + W_ih x[m].
 struct Projection {
     const Problem& problem;
-    const float* const* x;
     const float* panel;
     const float* bias;
-    float* gates;
+    const Rows& rows;
     int64_t unit;
 
     template <int COUNT>
@@ -135,9 +134,9 @@ struct Projection {
             const Vector start = load(bias + v * hidden + unit, units);
             for (int r = 0; r < COUNT; ++r) sums[r][v] = start;
         }
-        accumulate<COUNT>(sums, x + first, 1, panel, problem.inputs);
+        accumulate<COUNT>(sums, rows.x + first, 1, panel, problem.inputs);
         for (int r = 0; r < COUNT; ++r)
-            for (int v = 0; v < 4; ++v) store(gates + (first + r) * 4 * hidden + v * hidden + unit, sums[r][v], units);
+            for (int v = 0; v < 4; ++v) store(rows.gates + (rows.at[first + r] * 4 + v) * hidden + unit, sums[r][v], units);
     }
 };
 
@@ -156,21 +155,21 @@ struct Step {
         bool stored = !starting;
         for (int r = 0; r < COUNT; ++r) {
             stored |= rows.hidden[first + r] != rows.zeros;
-            for (int v = 0; v < 4; ++v) sums[r][v] = load(rows.gates + (first + r) * 4 * hidden + v * hidden + unit, units);
+            for (int v = 0; v < 4; ++v) sums[r][v] = load(rows.gates + (rows.at[first + r] * 4 + v) * hidden + unit, units);
         }
         if (stored) accumulate<COUNT>(sums, rows.hidden + first, 1, panel, hidden);
         for (int r = 0; r < COUNT; ++r) {
-            const int64_t m = first + r;
+            const int64_t m = first + r, at = rows.at[m];
             const Vector input = sigmoid(sums[r][0]), forget = sigmoid(sums[r][1]);
             const Vector candidate = tanh(sums[r][2]), output = sigmoid(sums[r][3]);
             const Vector cell = input * candidate + forget * load(rows.cell_before[m] + unit, units);
-            float* gates = rows.gates + m * 4 * hidden + unit;
+            float* gates = rows.gates + at * 4 * hidden + unit;
             store(gates, input, units);
             store(gates + hidden, forget, units);
             store(gates + 2 * hidden, candidate, units);
             store(gates + 3 * hidden, output, units);
-            store(rows.cell + m * hidden + unit, cell, units);
-            store(rows.output[m] + unit, output * tanh(cell), units);
+            store(rows.cell + at * hidden + unit, cell, units);
+            store(rows.output + at * hidden + unit, output * tanh(cell), units);
         }
     }
 };
@@ -182,7 +181,7 @@ struct StepBack {
     const float* panel;
     const float* const* gradient_after;  // of the gates one step later, by row
     float* carry;
-    int64_t begin;  // first packed step of this time step
+    int64_t begin;  // m of the first row's step
     int64_t unit;
     bool ending;
 
@@ -196,15 +195,15 @@ struct StepBack {
     }
 
     inline __attribute__((always_inline)) void one(int64_t row, int64_t at, Vector from_later) {
-        const int64_t hidden = problem.hidden, units = hidden - at, m = begin + row;
-        const float* gates = rows.gates + m * 4 * hidden + at;
+        const int64_t hidden = problem.hidden, units = hidden - at, m = begin + row, flat = rows.at[m];
+        const float* gates = rows.gates + flat * 4 * hidden + at;
         const Vector input = load(gates, units), forget = load(gates + hidden, units);
         const Vector candidate = load(gates + 2 * hidden, units), output = load(gates + 3 * hidden, units);
-        const Vector squashed = tanh(load(rows.cell + m * hidden + at, units));
-        const Vector grad_hidden = from_later + load(rows.grad_output[m] + at, units);
+        const Vector squashed = tanh(load(rows.cell + flat * hidden + at, units));
+        const Vector grad_hidden = from_later + load(rows.grad_output + flat * hidden + at, units);
         Vector grad_cell = grad_hidden * output * (1.0f - squashed * squashed);
         if (!ending) grad_cell += load(carry + row * hidden + at, units);
-        float* gradient = rows.grad_gates + m * 4 * hidden + at;
+        float* gradient = rows.grad_gates + flat * 4 * hidden + at;
         store(gradient, grad_cell * candidate * input * (1.0f - input), units);
         store(gradient + hidden, grad_cell * load(rows.cell_before[m] + at, units) * forget * (1.0f - forget), units);
         store(gradient + 2 * hidden, grad_cell * input * (1.0f - candidate * candidate), units);
@@ -243,7 +242,7 @@ void forward(const Problem& problem, const Rows& rows, float* workspace) {
     for (int64_t i = 0; i < 4 * hidden; ++i) bias[i] = rows.bias_ih[i] + rows.bias_hh[i];
     pack_gates(rows.weight_ih, hidden, inputs, panels);
     for (int64_t unit = 0; unit < hidden; unit += LANES) {
-        Projection projection{problem, rows.x, panels + unit * 4 * inputs, bias, rows.gates, unit};
+        Projection projection{problem, panels + unit * 4 * inputs, bias, rows, unit};
         in_blocks(0, rows.count, projection);
     }
     pack_gates(rows.weight_hh, hidden, hidden, panels);
@@ -255,18 +254,21 @@ void forward(const Problem& problem, const Rows& rows, float* workspace) {
         }
 }
 
-inline void weight_gradient(
-    const Problem& problem, const Rows& rows, const float* const* factor, int64_t columns, float* gradient, int64_t begin,
-    int64_t count, float* panel, const float** from, float** to) {
-    const int64_t gates = 4 * problem.hidden;
-    for (int64_t i = 0; i < gates; ++i) {
-        from[i] = rows.grad_gates + begin * gates + i;
-        to[i] = gradient + i * columns;
-    }
-    for (int64_t at = 0; at < columns; at += WIDE) {
-        pack_columns(factor + begin, count, columns, at, panel);
-        Product product{from, gates, panel, count, to, at, columns, begin > 0};
-        in_blocks(0, gates, product);
+void weight_gradient(const Block& block, float* panel, const float** from, float** to) {
+    for (int64_t begin = 0; begin < block.count; begin += DEPTH) {
+        const int64_t count = block.count - begin < DEPTH ? block.count - begin : DEPTH;
+        const float* grad_gates = block.grad_gates + begin * block.gates;
+        for (int64_t i = block.first; i < block.last; ++i) {
+            from[i] = grad_gates + i;
+            to[i] = block.gradient + i * block.columns;
+        }
+        pack_columns(block.factor + begin, count, block.columns, block.at, panel);
+        Product product{from, block.gates, panel, count, to, block.at, block.columns, begin > 0};
+        in_blocks(block.first, block.last, product);
+        if (block.bias == nullptr) continue;
+        if (begin == 0) std::memset(block.bias + block.first, 0, static_cast<size_t>(block.last - block.first) * sizeof(float));
+        for (int64_t m = 0; m < count; ++m)
+            for (int64_t i = block.first; i < block.last; ++i) block.bias[i] += grad_gates[m * block.gates + i];
     }
 }
 
@@ -279,7 +281,7 @@ void backward(const Problem& problem, const Rows& rows, float* workspace, const 
     int64_t begin = rows.count;
     for (int64_t s = rows.steps - 1; s >= 0; --s) {
         const int64_t size = rows.sizes[s], later = s + 1 < rows.steps ? rows.sizes[s + 1] : 0;
-        for (int64_t r = 0; r < later; ++r) from[r] = rows.grad_gates + (begin + r) * gates;
+        for (int64_t r = 0; r < later; ++r) from[r] = rows.grad_gates + rows.at[begin + r] * gates;
         begin -= size;
         for (int64_t unit = 0; unit < hidden; unit += WIDE) {
             StepBack step{problem, rows, panels + unit * gates, from, carry, begin, unit, false};
@@ -288,21 +290,15 @@ void backward(const Problem& problem, const Rows& rows, float* workspace, const 
             in_blocks(later, size, step);
         }
     }
-    if (problem.grad_x != nullptr) {
-        for (int64_t k = 0; k < gates; ++k) from[k] = rows.weight_ih + k * inputs;
-        for (int64_t at = 0; at < inputs; at += WIDE) pack_columns(from, gates, inputs, at, panels + at * gates);
-        for (int64_t m = 0; m < rows.count; ++m) from[m] = rows.grad_gates + m * gates;
-        for (int64_t at = 0; at < inputs; at += WIDE) {
-            Product product{from, 1, panels + at * gates, gates, rows.grad_x, at, inputs, false};
-            in_blocks(0, rows.count, product);
-        }
+    if (rows.grad_x == nullptr) return;
+    for (int64_t k = 0; k < gates; ++k) from[k] = rows.weight_ih + k * inputs;
+    for (int64_t at = 0; at < inputs; at += WIDE) pack_columns(from, gates, inputs, at, panels + at * gates);
+    for (int64_t m = 0; m < rows.count; ++m) {
+        from[m] = rows.grad_gates + rows.at[m] * gates;
+        to[m] = rows.grad_x + rows.at[m] * inputs;
     }
-    std::memset(rows.grad_bias, 0, static_cast<size_t>(gates) * sizeof(float));
-    for (int64_t m = 0; m < rows.count; m += DEPTH) {
-        const int64_t count = rows.count - m < DEPTH ? rows.count - m : DEPTH;
-        for (int64_t k = m; k < m + count; ++k)
-            for (int64_t i = 0; i < gates; ++i) rows.grad_bias[i] += rows.grad_gates[k * gates + i];
-        weight_gradient(problem, rows, rows.x, inputs, rows.grad_weight_ih, m, count, panels, from, to);
-        weight_gradient(problem, rows, rows.hidden, hidden, rows.grad_weight_hh, m, count, panels, from, to);
+    for (int64_t at = 0; at < inputs; at += WIDE) {
+        Product product{from, 1, panels + at * gates, gates, to, at, inputs, false};
+        in_blocks(0, rows.count, product);
     }
 }

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
 
-VERSION = 1
+VERSION = 2
 """Of `_Problem`; a library built from sources of another version is not used."""
-SMALLEST_PART = 60_000_000
+SMALLEST_PART = 2_000_000
 """Multiplications below which a part of a layer's forward pass is not worth a thread (measured)."""
 
 
@@ -69,7 +69,7 @@ def lstm_layer(
         state: of all layers: the hidden vectors of each, then the cell vectors of each.
         layer: whose state to take.
         weights: ``weight_ih [P, 4 H, I]``, ``weight_hh [P, 4 H, H]``, ``bias_ih [P, 4 H]``, ``bias_hh [P, 4 H]``.
-        threads: at most that many.
+        threads: at most that many; they change no result, gradients included.
         level: the newest instruction set to use, 0 for what every CPU has; newer ones are used only where they exist.
 
     Raises:
@@ -114,12 +114,12 @@ class _Call:
         members, steps, envs, width = self.inputs.shape
         hidden = self.weights[1].shape[2]
         work = steps * envs * 4 * hidden * (width + hidden)
-        self.parts = max(1, min(math.ceil(threads / members), work // SMALLEST_PART))
-        # The threads are made in each call, which a small one does not repay.
         useful = max(1, min(threads, members * work // SMALLEST_PART))
+        # As many tasks as can be shared out evenly; of many members, one task each comes close enough.
+        parts = 1 if members >= 4 * useful else useful // math.gcd(members, useful)
         vectors = state.shape[2] // hidden
         self.problem = _Problem(
-            *(members, steps, envs, width, hidden, state.shape[2], self.parts, useful, level),
+            *(members, steps, envs, width, hidden, state.shape[2], parts, useful, level),
             x=self.inputs.data_ptr(),
             is_first=is_first.data_ptr(),
             state_hidden=state.data_ptr() + layer * hidden * state.itemsize,
@@ -140,8 +140,8 @@ class _Call:
         members, steps, envs, _ = self.inputs.shape
         hidden = self.problem.hidden
         output = self.inputs.new_empty(members, steps, envs, hidden)
-        gates = self.inputs.new_empty(members, steps * envs, 4 * hidden)
-        cell = self.inputs.new_empty(members, steps * envs, hidden)
+        gates = self.inputs.new_empty(members, steps, envs, 4 * hidden)
+        cell = self.inputs.new_empty(members, steps, envs, hidden)
         self.run(output=output, gates=gates, cell=cell)
         return output, gates, cell
 
@@ -149,13 +149,13 @@ class _Call:
         self, output: Tensor, gates: Tensor, cell: Tensor, grad_output: Tensor, with_inputs: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         grad_x = torch.empty_like(self.inputs) if with_inputs else None
-        partial = [weight.new_empty(weight.shape[0], self.parts, *weight.shape[1:]) for weight in self.weights[:3]]
+        grads = [torch.empty_like(weight) for weight in self.weights[:3]]
         optional = {} if grad_x is None else {"grad_x": grad_x}
         self.run(
             output=output, gates=gates, cell=cell, grad_output=grad_output, grad_gates=torch.empty_like(gates),
-            grad_weight_ih=partial[0], grad_weight_hh=partial[1], grad_bias=partial[2], **optional,
+            grad_weight_ih=grads[0], grad_weight_hh=grads[1], grad_bias=grads[2], **optional,
         )  # fmt: skip
-        return grad_x, [part.squeeze(1) if self.parts == 1 else part.sum(1) for part in partial]
+        return grad_x, grads
 
 
 class _Layer(torch.autograd.Function):

@@ -119,8 +119,8 @@ class CompiledStep:
     def pack(self, actor: int, *critics: int) -> CompiledStep:
         """Take the weights as they are now, for steps that return the outputs of these linear layers."""
         work = self.envs * sum(layer.panel_stride for layer in self._layers)
-        parts = min(self.envs, math.ceil(self.threads / self.members))
         useful = max(1, min(self.threads, self.members * work // SMALLEST_PART))
+        parts = min(self.envs, math.ceil(useful / self.members))
         self._array = (_Layer * len(self._layers))(*self._layers)
         self._network = _Network(
             *(self.members, self.envs, self.state_size, len(self._layers), parts, useful, self.level, 1),

@@ -28,6 +28,7 @@ from hardy.optim.settings import Estimator, Scope
 from hardy.optim.transforms import Step, Transform, columns, tensor_norms
 from hardy.optim.validation import require_one_of
 from hardy.population import copied, training_state
+from hardy.profiling import phase
 
 ESTIMATORS = get_args(Estimator)
 SCOPES = get_args(Scope)
@@ -221,12 +222,14 @@ def measure(scopes: Scopes, warmup_steps: int, estimator: str) -> Transform:
 
     def update(step: Step, state: VGSState) -> None:
         hyper = step.hyper
-        update_statistics_(state, step.names, step.gradients, step.gradient_norms, hyper["vgs.beta"], estimator, step.columns)
-        factor, ratio = scope_factors(
-            state, scopes, hyper["vgs.alpha"], hyper["vgs.min_scale"], hyper["vgs.signal_floor"], warmup_steps
-        )
-        step.factor = step.pick(scopes.spread(factor))
-        record_factors(step, scopes.names, factor, ratio)
+        with phase("VGS"):
+            beta = hyper["vgs.beta"]
+            update_statistics_(state, step.names, step.gradients, step.gradient_norms, beta, estimator, step.columns)
+            factor, ratio = scope_factors(
+                state, scopes, hyper["vgs.alpha"], hyper["vgs.min_scale"], hyper["vgs.signal_floor"], warmup_steps
+            )
+            step.factor = step.pick(scopes.spread(factor))
+            record_factors(step, scopes.names, factor, ratio)
 
     return Transform(lambda weights: init_state(weights, estimator), update)
 
