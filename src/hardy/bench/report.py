@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,15 @@ def write(result: Result, folder: Path) -> None:
 
 def picture(section: SectionResult) -> bytes:
     """One panel for each group and unit: a curve where its labels are numbers, bars elsewhere; whiskers are the spread."""
-
-    def panel(found: Measurement) -> tuple[str, str]:
-        return found.group, found.unit
-
-    panels = [list(found) for _, found in itertools.groupby(sorted(section.measurements, key=panel), key=panel)]
+    grouped: dict[tuple[str, str], list[Measurement]] = {}
+    for one in section.measurements:
+        grouped.setdefault((one.group, one.unit), []).append(one)
+    panels = list(grouped.values())
     heights = [2.4 if _is_curve(found) else 0.6 + 0.32 * len(found) for found in panels]
     figure = new_figure(9.0, 0.8 * len(panels) + sum(heights))
     all_axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axes, found in zip(all_axes, panels, strict=True):
-        set_title(axes, f"{section.name}: {found[0].group}", below=8)
+        set_title(axes, f"{section.name}: {found[0].group}", below=8.0)
         (_draw_curve if _is_curve(found) else _draw_bars)(axes, found)
         style(axes)
     return png(figure)
@@ -114,7 +112,7 @@ def _is_curve(found: Sequence[Measurement]) -> bool:
 
 
 def _draw_curve(axes: Any, found: Sequence[Measurement]) -> None:
-    ordered = sorted(found, key=lambda one: one.x or 0.0)
+    ordered = sorted(found, key=lambda one: one.x or 0)
     x, median = [one.x for one in ordered], [one.median for one in ordered]
     axes.errorbar(x, median, yerr=_whiskers(ordered), color=BLUE, marker="o", markersize=4, capsize=3, linewidth=1.6)
     axes.set_xscale("log", base=2)
@@ -130,6 +128,8 @@ def _draw_bars(axes: Any, found: Sequence[Measurement]) -> None:
     axes.invert_yaxis()
     if max(medians) > 30 * min(medians):
         axes.set_xscale("log")
+    elif max(medians) >= 1000:
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel(found[0].unit, color=INK)
 
 

@@ -47,7 +47,7 @@ class Measurement(Repeated):
     group: str
     label: str
     unit: Unit
-    x: float | None = None
+    x: int | None = None
 
 
 class Ratio(Repeated):
@@ -111,7 +111,7 @@ class Result(Settings):
         return self
 
 
-def measurement(group: str, label: str, unit: Unit, repeats: Sequence[float], x: float | None = None) -> Measurement:
+def measurement(group: str, label: str, unit: Unit, repeats: Sequence[float], x: int | None = None) -> Measurement:
     """A `Measurement` with its summary."""
     median, low, high = _summary(repeats)
     return Measurement(
