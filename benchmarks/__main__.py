@@ -38,8 +38,8 @@ def main() -> None:
     """Measure the sections, then the peers; what is done is saved at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    with Progress() as say:
-        result, folder, interrupted = measure(ALL, {}, RESULTS, print, say)
+    with Progress() as progress:
+        result, folder, interrupted = measure(ALL, {}, RESULTS, progress.aside(print), progress.say)
     if interrupted:
         sys.exit(INTERRUPTED)
     path = save(result.model_copy(update={"peers": peers()}), folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_cli import Hardy
 
 from hardy.bench import command
@@ -109,6 +111,29 @@ def test_the_help_is_quick_and_names_every_section_and_option(hardy: Hardy) -> N
         assert name in out
     script = "import hardy.cli, sys; sys.exit(any(name.startswith('hardy.bench') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_in_a_terminal_the_results_stay_on_the_standard_output(
+    hardy: Hardy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(command, "Console", lambda **_: Console(file=terminal, force_terminal=True, width=80))
+    pretend(monkeypatch, part("one"))
+    code, out, err = hardy("bench", "optimizer", "--out", "here")
+    assert (code, err) == (0, "")
+    assert "one: a over b" in out and "so far" not in out
+    assert "optimizer: so far" in terminal.getvalue()
+    assert "one: a over b" not in terminal.getvalue()
+
+
+def test_the_document_names_every_section_and_where_an_option_has_an_effect() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE) == list(SECTIONS)
+    rows = dict(re.findall(r"^\| `--(\w+)[^|]*\|.*\| ([^|]*) \|$", text, flags=re.MULTILINE))
+    for option in ("envs", "population", "threads", "seconds", "repeats"):
+        named = re.findall(r"`(\w+)`", rows[option])
+        documented = set(SECTIONS) - set(named) if rows[option].startswith("all") else set(named)
+        assert documented == {name for name, options in SECTIONS.items() if option in options}, option
 
 
 # ------------------------------------------------------------------------------------------------------------- comparison

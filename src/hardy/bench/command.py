@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
 
 from hardy.bench import compare, report
 from hardy.bench.machine import OthersLoad, describe
@@ -61,11 +64,12 @@ def run(
         return _compare(load(old), load(new), show)
     before = None if old is None else load(old)
     try:
-        with Progress() as say:
+        with Progress() as progress:
+            aside = progress.aside(show)
             if is_plain:
-                plain(section, {**given, "out": out, "compare": old}, show, say)
+                plain(section, {**given, "out": out, "compare": old}, aside, progress.say)
                 return 0
-            result, folder, interrupted = measure(section, given, out, show, say)
+            result, folder, interrupted = measure(section, given, out, aside, progress.say)
     except BenchError as error:
         print_error(str(error))
         return FAILED
@@ -173,24 +177,44 @@ class Progress:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
-        self._status = self._console.status("starting") if self._console.is_terminal else None
+        self._spinner = Spinner("dots", "starting")
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            # Not redirected: the results belong on the standard output, wherever that leads.
+            self._live = Live(
+                self._spinner, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False
+            )
 
-    def __enter__(self) -> Say:
-        """Start; the value tells."""
-        if self._status is not None:
-            self._status.start()
-        return self._say
+    def __enter__(self) -> Progress:
+        """Start the view."""
+        if self._live is not None:
+            self._live.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         """Give the terminal back."""
-        if self._status is not None:
-            self._status.stop()
+        if self._live is not None:
+            self._live.stop()
 
-    def _say(self, text: str) -> None:
-        if self._status is not None:
-            self._status.update(text)
-        else:
+    def say(self, text: str) -> None:
+        """Tell what is being measured."""
+        if self._live is None:
             self._console.print(text, soft_wrap=True, markup=False)
+        else:
+            self._spinner.update(text=Text(text))
+
+    def aside(self, show: Show) -> Show:
+        """``show``, but with the view out of the way meanwhile."""
+
+        def shown(text: str) -> None:
+            if self._live is None:
+                show(text)
+            else:
+                self._live.stop()
+                show(text)
+                self._live.start()
+
+        return shown
 
 
 def _make(folder: Path) -> None:
