@@ -34,8 +34,8 @@ typecheck: $(INSTALLED_DEV) ## check the types
 coverage: $(INSTALLED_DEV) ## run the tests and show line by line what they reach, in htmlcov/
 	$(BIN)/pytest -q -n $(TEST_WORKERS) --cov --cov-report=html
 
-bench: $(INSTALLED) ## measure training speed beside sb3-contrib, which goes into its own .venv-bench
-	$(BIN)/python -m benchmarks.throughput
+bench: $(INSTALLED) ## measure speed and memory, and training beside other libraries, which go into their own .venv-bench
+	$(BIN)/python -m benchmarks
 
 clean: ## remove environments, caches and builds; artifacts/ stays
 	rm -rf .venv .venv-bench src/hardy/*/*.so build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

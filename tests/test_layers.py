@@ -20,7 +20,7 @@ LAYERS = {
     5: ("settings",),
     6: ("trainer",),
     7: ("algorithm", "evolution", "robustness"),
-    8: ("run",),
+    8: ("run", "bench"),
     9: ("cli",),
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}

@@ -1,4 +1,4 @@
-"""The command line: ``hardy train | pbt | resume | eval | attack | config | envs``."""
+"""The command line: ``hardy train | pbt | resume | eval | attack | config | envs | bench``."""
 
 from __future__ import annotations
 
@@ -157,6 +157,72 @@ def envs() -> None:
         _say(f"{info.id}: {info.description}")
         _say(f"    observation: {info.observation}; action: {info.action}; {info.max_episode_steps} steps at most")
         _say(f"    may drift: {', '.join(info.physics)}")
+
+
+@app.command()
+def bench(
+    section: Annotated[
+        str,
+        typer.Argument(
+            metavar="[SECTION]",
+            help="throughput, population, optimizer, recurrence, environments, scaling, memory, or all.",
+        ),
+    ] = "all",
+    envs: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N", help="Environments of each member; repeat for several. Not for optimizer.", show_default=False
+        ),
+    ] = None,
+    population: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="P", help="Members; repeat for several. For throughput, population, recurrence, memory.", show_default=False
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="T",
+            help="Processor threads; by default all cores, for optimizer 1, for recurrence 1 and 2. Not for environments.",
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", help="Length of one repeat of a measurement. Not for memory.", show_default=False),
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(metavar="R", help="Repeats of every measurement, in turns.", show_default="5; slow ones 3")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="For throughput: train once; the last line is the steps per second.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where results go.", show_default="artifacts/bench-<date>")
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OLD.json",
+            help="Compare with a saved result; a ratio worse by over 10 % ends with status 1.",
+            show_default=False,
+        ),
+    ] = None,
+    new: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NEW.json", help="With --compare: compare this saved result, measure nothing.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Measure Hardy's speed and memory on this machine: a table, pictures and bench.json; or compare two results."""
+    from hardy.bench import command  # nothing else needs it
+
+    given = {"envs": envs, "population": population, "threads": threads, "seconds": seconds, "repeats": repeats}
+    status = command.run(section, given, is_plain=plain, out=out, old=compare, new=new, show=_say)
+    if status:
+        raise typer.Exit(status)
 
 
 def _with_threads(overrides: list[str] | None, threads: int | None) -> list[str]:
