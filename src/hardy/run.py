@@ -116,7 +116,7 @@ def make_trainer(settings: RunSettings) -> Trainer:
         ConfigError: a setting that only the parts themselves can judge is impossible, such as an unknown environment.
     """
     try:
-        env = make(settings.env, settings.member_seeds, drift_seeds=settings.drift_seeds)
+        env = make(settings.env, settings.member_seeds, drift_seeds=settings.drift_seeds, device=settings.device)
     except (TypeError, ImportError, gymnasium.error.Error) as error:  # what env.kwargs or a missing extra make an id raise
         raise ConfigError([f"env.id = '{settings.env.id}', env.kwargs = {settings.env.kwargs}: {error}"]) from error
     except ValueError as error:

@@ -108,7 +108,7 @@ class Trainer:
         self.iteration = 0
         set_threads(settings.threads or available_cores(), recurrent=settings.policy.memory != "none")
         members = len(self.seeds)
-        self.env = make(settings.env, self.seeds, drift_seeds=self.drift_seeds) if env is None else env
+        self.env = make(settings.env, self.seeds, drift_seeds=self.drift_seeds, device=settings.device) if env is None else env
         self.policy = ActorCritic(
             self.env.observation_space, self.env.action_space, settings.policy, settings.critic, self.seeds
         ).to(device=settings.device, dtype=dtype)
@@ -361,7 +361,10 @@ class Trainer:
         members = len(self.seeds)
         common = stream_seed(self.settings.seed, "evaluation") if seed is None else seed
         reached = self.env.steps if isinstance(self.env, Drift) else self.timesteps
-        env = make(self.settings.env, [common] * members, episodes, drift_step=reached, drift_seeds=self.drift_seeds)
+        env = make(
+            self.settings.env, [common] * members, episodes, drift_step=reached, drift_seeds=self.drift_seeds,
+            device=self.settings.device,
+        )  # fmt: skip
         try:
             noise = MemberGenerators([common] * members, "evaluation")
             limit = self.settings.evaluation.max_steps

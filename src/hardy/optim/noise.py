@@ -1,8 +1,7 @@
 """Standard-normal numbers from a counter-based generator: a function of (key, tensor, place), in any order, on any device.
 
-The counter, times an odd constant and plus the key, goes through SplitMix64's mixing function (Steele, Lea & Flood 2014, "Fast
-splittable pseudorandom number generators", figure 17; it passes BigCrush), and the two halves of each result become two normal
-numbers (Box & Muller 1958). A member draws one key a step from its own generator; the numbers follow from that key whatever the
+The counter goes through SplitMix64 (`hardy.splitmix`) under a key, and the two halves of each result become two normal numbers
+(Box & Muller 1958). A member draws one key a step from its own generator; the numbers follow from that key whatever the
 population, the number of threads or the path that computes them. `_upgd_kernel.h` computes the same numbers, to rounding.
 """
 
@@ -15,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from hardy.splitmix import split_mix
 
 _LANES = 16
 """Counters side by side; each gives two numbers, so that 32 successive places belong together."""
@@ -65,26 +66,6 @@ def standard_normal(keys: Int[Tensor, "P"], tensors: Sequence[Tensor]) -> list[T
 def _counters(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "C"]:
     """Those of each tensor; the same in every step."""
     return torch.cat([torch.arange(k << _TENSOR, (k << _TENSOR) + count, device=device) for k, count in enumerate(counts)])
-
-
-def split_mix(counter: Int[Tensor, "C"], key: int) -> Int[Tensor, "C"]:
-    """Output number ``counter`` of SplitMix64 started with ``key``, 64 random bits in an int64.
-
-    Products and sums wrap around, as they do without a sign.
-    """
-    bits = counter * _signed(0x9E3779B97F4A7C15) + _signed(key + 0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = _shifted_xor(bits, shift).mul_(_signed(factor))
-    return _shifted_xor(bits, 31)
-
-
-def _shifted_xor(bits: Int[Tensor, "C"], shift: int) -> Int[Tensor, "C"]:
-    return (bits >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(bits)
-
-
-def _signed(number: int) -> int:
-    """The int64 with the same lower 64 bits."""
-    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def box_muller(bits: Int[Tensor, "C"], dtype: torch.dtype) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
