@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
 from hardy.config import tunables
-from hardy.envs import BatchedEnv, Drift, make
+from hardy.device_rollout import DeviceCollector
+from hardy.envs import BatchedEnv, Drift, TensorEnv, make
 from hardy.nn.normalizer import ReturnNormalizer, RunningMoments
 from hardy.ops.plasticity import dormant_fraction, effective_rank
 from hardy.ops.risk import Objective, RiskState
@@ -134,6 +135,11 @@ class Trainer:
         self.ppo = PPO(self.policy, optimizer, settings.ppo, objective, settings.adversary, settings.microbatches)
         self.recent: Rollout | None = None
         """The last rollout, which a burn-in replays."""
+        self._on_device = (
+            DeviceCollector(self.env, self.policy, collector, self.normalize, settings.ppo.n_steps)
+            if isinstance(self.env, TensorEnv)
+            else None
+        )
 
     @property
     def timesteps(self) -> int:
@@ -179,10 +185,7 @@ class Trainer:
         began = time.perf_counter()
         state = self.state
         self._follow_schedule()
-        rollout = self.recent = collect(
-            self.env, self.policy, state.collector, self.frozen_normalizer(), state.generators["action"],
-            self.settings.ppo.n_steps,
-        )  # fmt: skip
+        rollout = self.recent = self._collect()
         progress = self.timesteps / total_timesteps
         hyper = scheduled(state.hyper, self.settings.ppo, progress, self.settings.adversary)
         trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
@@ -196,9 +199,17 @@ class Trainer:
         self.iteration += 1
         metrics |= running_scores(state.collector)
         metrics["env/drift_changes"] = float(self.env.changes.max()) if isinstance(self.env, Drift) else 0.0
+        metrics = _on_host(metrics)
         metrics["time/total_timesteps"] = float(self.timesteps)
         metrics["time/steps_per_second"] = len(self.seeds) * self.steps_per_iteration / (time.perf_counter() - began)
         return metrics
+
+    def _collect(self) -> Rollout:
+        noise = self.state.generators["action"]
+        if self._on_device is not None:
+            return self._on_device.collect(noise)
+        steps = self.settings.ppo.n_steps
+        return collect(self.env, self.policy, self.state.collector, self.frozen_normalizer(), noise, steps)
 
     def _follow_schedule(self) -> None:
         for change in self.settings.schedule:
@@ -336,7 +347,7 @@ class Trainer:
         obs = self.policy.flatten(self.env.reset_rows(rows.flatten().cpu().numpy()), len(self.seeds))
         collector.obs[rows] = obs[rows]
         for counter in (collector.episode_return, collector.episode_length):
-            counter[rows.cpu()] = 0
+            counter[rows.to(counter.device)] = 0
         return rows
 
     def evaluate(
@@ -444,6 +455,15 @@ def _checked_seeds(seeds: Sequence[Any]) -> list[int]:
 def mean_over_members(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Each metric as one number: the mean over the members that have it, NaN where none does."""
     return {name: float(value.double().nanmean()) if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
+
+def _on_host(metrics: Metrics) -> Metrics:
+    """The metrics on the CPU, all of a device's in one transfer."""
+    away = {name: value for name, value in metrics.items() if isinstance(value, Tensor) and value.device.type != "cpu"}
+    if not away:
+        return metrics
+    together = torch.stack([value.double() for value in away.values()]).cpu()
+    return {**metrics, **{name: row.to(away[name].dtype) for name, row in zip(away, together, strict=True)}}
 
 
 def _split_arrays(tree: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

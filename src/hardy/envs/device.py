@@ -162,8 +162,8 @@ class TensorTask(TensorEnv):
         return _array(self._observe())
 
     def step_tensor(self, actions: Shaped[Tensor, "N ..."]) -> TensorStep:
-        if isinstance(self.action_space, Box):
-            actions = actions.reshape(self.num_envs).clamp(self._lowest, self._highest).double()
+        if isinstance(self.action_space, Box):  # in the space's own precision, as the arrays
+            actions = actions.reshape(self.num_envs).float().clamp(self._lowest, self._highest).double()
         physics = dict(zip(self.twin.default_physics, self._physics.unbind(0), strict=True))
         state, reward, terminated = self._advance(actions, physics)
         self._state.copy_(state)
