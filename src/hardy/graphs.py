@@ -8,7 +8,7 @@ On the CPU there is nothing to capture: the function runs each time, under the s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -90,3 +90,26 @@ class Captured(Generic[Result]):
         self._graph = graph
         graph.replay()  # the capture itself computes nothing
         return self._result
+
+
+class CapturedCalls(Generic[Result]):
+    """Calls of a captured function with arguments, which are copied into tensors of its own: one set and graph for each shape.
+
+    Args:
+        function: takes the arguments by name; otherwise as for `Captured`.
+        device: of the arguments.
+    """
+
+    def __init__(self, function: Callable[[Mapping[str, Tensor]], Result], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self._prepared: dict[tuple[object, ...], tuple[dict[str, Tensor], Captured[Result]]] = {}
+
+    def __call__(self, arguments: Mapping[str, Tensor]) -> Result:
+        key = tuple((name, value.shape, value.dtype) for name, value in arguments.items())
+        if key not in self._prepared:
+            own = {name: torch.empty_like(value, memory_format=torch.contiguous_format) for name, value in arguments.items()}
+            self._prepared[key] = own, Captured(lambda: self._function(own), self._device)
+        own, captured = self._prepared[key]
+        torch._foreach_copy_(list(own.values()), list(arguments.values()))
+        return captured()
