@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import captured_on_the_cpu
-from small_runs import EVERYTHING, assert_same, member, shake_, snapshot, tiny, trainer
+from small_runs import EVERYTHING, Recorder, assert_same, member, shake_, snapshot, tiny, trainer
 
 from hardy import rollout as rollout_module
 from hardy.device_rollout import DeviceCollector, count_episodes_
-from hardy.envs import EnvSettings, EnvStep, TensorEnv, make
+from hardy.envs import DriftSettings, EnvSettings, EnvStep, TensorEnv, make
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings
 from hardy.population import MemberGenerators
 from hardy.rollout import RECENT_EPISODES, CollectorState, collect, start
@@ -35,8 +35,12 @@ def setting(task, members, device, memory="lstm", shared=True, limit=7, drift=No
     return env, policy.to(device=device, dtype=torch.float64), MemberGenerators(seeds, "action")
 
 
+def here(tensors):
+    return {name: value.cpu() for name, value in tensors.items()}
+
+
 def fields(rollout):
-    return {name: value for name, value in vars(rollout).items()}
+    return here(vars(rollout))
 
 
 @pytest.mark.parametrize("task", ["CartPole-v1", "PendulumNoVel-v1", "MountainCarContinuous-v0"])
@@ -44,6 +48,7 @@ def fields(rollout):
 def test_rollouts_are_those_of_the_ordinary_way(task, memory, shared, device):
     """Truncations, terminations (the shaken policy drops its pole) and running episodes, over the border of rollouts too."""
     env, policy, noise = setting(task, 3, device, memory, shared, limit=13)
+    env = Recorder(env)  # seen through arrays
     state = start(env, policy, 3)
     ordinary = [collect(env, policy, state, normalize, noise, 11) for _ in range(4)]
     other, policy, noise = setting(task, 3, device, memory, shared, limit=13)
@@ -52,7 +57,7 @@ def test_rollouts_are_those_of_the_ordinary_way(task, memory, shared, device):
     found = [collector.collect(noise) for _ in range(4)]
     for mine, theirs in zip(found, ordinary, strict=True):
         assert_same(fields(mine), fields(theirs), 1e-10)
-    assert_same(snapshot(there), snapshot(state), 1e-10)
+    assert_same(here(snapshot(there)), here(snapshot(state)), 1e-10)
     ends = torch.stack([theirs.truncated.sum() for theirs in ordinary]).sum(), state.episodes.sum()
     assert ends[0] >= 3
     assert ends[1] >= ends[0]
@@ -60,6 +65,7 @@ def test_rollouts_are_those_of_the_ordinary_way(task, memory, shared, device):
 
 def test_terminations_and_truncations_occur_together_in_what_is_compared(device):
     env, policy, noise = setting("CartPole-v1", 3, device, limit=13)
+    env = Recorder(env)
     state = start(env, policy, 3)
     seen = [collect(env, policy, state, normalize, noise, 11) for _ in range(4)]
     for name in ("terminated", "truncated"):
@@ -85,8 +91,6 @@ DRIFTS = [
 @pytest.mark.parametrize("drift", DRIFTS, ids=["none", "physics", "permute"])
 def test_a_step_replayed_without_python_gives_the_same_rollouts(monkeypatch, drift):
     """And asks the host for nothing: the recording refuses what a graph cannot hold."""
-    from hardy.envs import DriftSettings
-
     chosen = None if drift is None else DriftSettings(**drift)
     parts = [setting("CartPole-v1", 3, "cpu", limit=13, drift=chosen) for _ in range(2)]
     states = [start(env, policy, 3) for env, policy, _ in parts]
@@ -182,6 +186,20 @@ def test_an_exploit_rebuilds_restarts_and_goes_on():
     assert run.state.collector.episode_length[1].eq(0).all()
     run.iterate(1000)
     assert all(value.isfinite().all() for value in run.state.parameters.values())
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+@pytest.mark.parametrize("estimator", ["ema", "microbatch"])
+def test_a_run_on_a_device_is_that_of_the_processor_to_rounding(device, backend, estimator):
+    """Networks, memory, optimizer, update, population and environments of either kind, all together."""
+    sections = {"env": {"backend": backend, "num_envs": 8}, "vgs": {"estimator": estimator}, "ppo": {"target_kl": None}}
+    runs = [run_of([4, 9], where, **sections) for where in ("cpu", device)]
+    for _ in range(2):
+        metrics = [run.iterate(1000) for run in runs]
+    assert_same(*(here(snapshot(run.state)) for run in runs), 1e-8)
+    for name, value in metrics[0].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(metrics[1][name], value, atol=1e-7, rtol=1e-7, equal_nan=True, msg=name)
 
 
 def test_metrics_arrive_on_the_processor(device):
