@@ -38,6 +38,14 @@ def _global_torch_settings() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the tensors of a test live: the same test on both."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device that PyTorch can use")
+    return torch.device(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection to another machine is an error; sockets within this one stay usable."""

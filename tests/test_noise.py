@@ -11,10 +11,11 @@ from scipy import stats
 from torch import Tensor
 
 from hardy.optim import compiled, noise
-from hardy.optim.noise import KeyedNormal, split_mix, standard_normal
+from hardy.optim.noise import KeyedNormal, standard_normal
 from hardy.optim.transforms import Step, TensorOptions
 from hardy.optim.upgd import upgd
 from hardy.population import MemberGenerators
+from hardy.splitmix import split_mix
 
 N = 400_000
 Source = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replay import captured_on_the_cpu
 
-from hardy.nn import compiled, recurrent
+from hardy.graphs import Captured
+from hardy.nn import compiled, recurrent, stepped
 from hardy.nn.recurrent import StackedRecurrent
 from hardy.nn.rows import plan_rows
 from hardy.parallel import pool, set_threads
@@ -19,17 +21,20 @@ KINDS = ("lstm", "gru")
 
 
 # Where the compiled library is missing, test_compiled.py says so; what PyTorch does is tested everywhere.
-PATHS = ["torch", "compiled"] if compiled.available() else ["torch"]
+PATHS = ["torch", "compiled", "stepped"] if compiled.available() else ["torch", "stepped"]
 
 
-@pytest.fixture(params=[(path, threads) for path in PATHS for threads in (1, 3)], ids=str, autouse=True)
+@pytest.fixture(
+    params=[(path, threads) for path in PATHS for threads in (1, 3) if path != "stepped" or threads == 1], ids=str, autouse=True
+)
 def path(request):
-    """Both ways of running a sequence, on one thread and on several, however little there is to do."""
+    """Every way of running a sequence, on one thread and on several, however little there is to do."""
     path, threads = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARDY_COMPILED", str(int(path == "compiled")))
         patch.setattr(compiled, "SMALLEST_PART", 1)
         patch.setattr(recurrent, "WORTH_THREADS", 0)
+        patch.setattr(recurrent, "STEPPED", ("cpu", "cuda") if path == "stepped" else ("cuda",))
         set_threads(threads)
         yield path
         set_threads(1)
@@ -64,12 +69,12 @@ def oracle(module, x, state, is_first):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("members", "layers"), [(1, 1), (3, 2), (7, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_and_gradients_equal_torch_on_each_episode(kind, members, layers, dtype):
+def test_values_and_gradients_equal_torch_on_each_episode(kind, members, layers, dtype, device):
     steps, envs, inputs, hidden = 23, 5, 11, 13
-    module = make(kind, members, inputs, hidden, layers, dtype)
-    x = torch.randn(members, steps, envs, inputs, dtype=dtype, requires_grad=True)
-    state = torch.randn(members, envs, module.state_size, dtype=dtype)
-    is_first = torch.rand(members, steps, envs) < 0.15
+    module = make(kind, members, inputs, hidden, layers, dtype).to(device)
+    x = torch.randn(members, steps, envs, inputs, dtype=dtype, device=device, requires_grad=True)
+    state = torch.randn(members, envs, module.state_size, dtype=dtype, device=device)
+    is_first = torch.rand(members, steps, envs, device=device) < 0.15
     output, expected = module(x, state, is_first), oracle(module, x, state, is_first)
     weight = torch.randn_like(output)
     found = torch.autograd.grad(output, [x, *module.parameters()], weight)
@@ -214,3 +219,58 @@ def test_threads_go_to_the_recurrence_or_without_one_to_torch(recurrent, torch_t
     set_threads(3, recurrent=recurrent)
     assert pool().threads == 3
     assert torch.get_num_threads() == torch_threads
+
+
+def test_a_fused_kernel_calculates_as_the_formulas_of_a_step(device):
+    """On a CUDA device they are PyTorch's own kernels; on the CPU the formulas meet automatic differentiation."""
+    members, envs, size = 3, 5, 7
+    gates, recurrent_part = (torch.randn(members, envs, 4 * size, dtype=torch.float64, device=device) for _ in range(2))
+    cell = torch.randn(members, envs, size, dtype=torch.float64, device=device)
+    for tensor in (gates, cell):
+        tensor.requires_grad_()
+    enter, forget, candidate, leave = (gates + recurrent_part).chunk(4, dim=-1)
+    following = enter.sigmoid() * candidate.tanh() + forget.sigmoid() * cell
+    hidden = leave.sigmoid() * following.tanh()
+    with torch.no_grad():
+        found_hidden, found_following, active = stepped.cell_forward(gates, recurrent_part, cell)
+    torch.testing.assert_close(found_hidden, hidden.detach(), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(found_following, following.detach(), atol=1e-12, rtol=1e-12)
+    grads = [torch.randn_like(cell) for _ in range(2)]
+    wanted = torch.autograd.grad([hidden, following], [gates, cell], grads)
+    with torch.no_grad():
+        found = stepped.cell_backward(*grads, cell, found_following, active)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_the_fused_kernels_are_there_with_the_arguments_that_are_given():
+    forward = str(torch.ops.aten._thnn_fused_lstm_cell.default._schema)
+    backward = str(torch.ops.aten._thnn_fused_lstm_cell_backward_impl.default._schema)
+    assert "Tensor input_gates, Tensor hidden_gates, Tensor cx, Tensor? input_bias=None" in forward
+    assert (
+        "grad_hy, Tensor? grad_cy, Tensor cx, Tensor cy, Tensor workspace, bool has_bias) -> (Tensor, Tensor, Tensor)"
+        in backward
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_and_its_gradient_can_be_captured_on_a_device(kind, path, monkeypatch):
+    if path != "stepped":
+        return
+    recordings = captured_on_the_cpu(monkeypatch)
+    module = make(kind, 3, 5, 7, 2, torch.float64)
+    x, state = torch.randn(3, 11, 2, 5, dtype=torch.float64), torch.randn(3, 2, module.state_size, dtype=torch.float64)
+    is_first, weights = torch.zeros(3, 11, 2, dtype=torch.bool), list(module.parameters())
+
+    def work():
+        return torch.autograd.grad(module(x, state, is_first).square().sum(), weights)
+
+    captured = Captured(work, torch.device("cpu"))
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x.normal_(generator=generator)
+        state.normal_(generator=generator)
+        is_first.copy_(torch.rand(3, 11, 2, generator=generator) < 0.2)
+        for found, expected in zip(captured(), work(), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    assert len(recordings) == 1

@@ -555,3 +555,34 @@ def test_with_nothing_to_go_back_to_the_run_fails_with_one_message(tmp_path: Pat
     ):
         train(make_settings(tmp_path))
     assert summary(tmp_path / FOLDER)["status"] == "failed"
+
+
+@pytest.mark.parametrize("backend", ["auto", "numpy"])
+def test_a_run_of_a_missing_device_is_evaluated_and_goes_on_here(tmp_path, monkeypatch, backend) -> None:
+    """With the environments that its checkpoint holds: a run on a graphics card had them there as tensors."""
+    here = "torch" if backend == "auto" else "numpy"
+    other = train(make_settings(tmp_path / "there", 2, env={"id": "CartPoleNoVel-v1", "num_envs": 4, "backend": here}))
+    whole = train(make_settings(tmp_path / "whole", 4, env={"id": "CartPoleNoVel-v1", "num_envs": 4, "backend": here}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = other.folder / run.CONFIG
+    text = config.read_text(encoding="utf-8").replace("device: cpu", "device: cuda")
+    config.write_text(text.replace(f"backend: {here}", f"backend: {backend}"), encoding="utf-8")
+    read = run.read_document
+
+    def on_a_card(path: Path) -> dict[str, Any]:
+        document = read(path)
+        settings = document["settings"]
+        moved = {**settings, "device": "cuda", "env": {**settings["env"], "backend": backend}}
+        return {**document, "settings": moved}
+
+    monkeypatch.setattr(run, "read_document", on_a_card)
+    with pytest.raises(ConfigError, match="device = 'cuda': this machine has no CUDA device"):
+        resume(other.folder)
+    assert run.evaluate(other.folder, 3, None).episodes == 3
+    resumed = resume(other.folder, "device=cpu", f"total_timesteps={4 * ITERATION}")
+    kept = load_settings(RunSettings, config, [])
+    assert (kept.device, kept.env.backend) == ("cpu", here)
+    states = [load_tensors(run.latest_checkpoint(outcome.folder / run.CHECKPOINTS))[0] for outcome in (resumed, whole)]
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name].nan_to_num(-7), value.nan_to_num(-7)), name

@@ -437,7 +437,7 @@ def _described(env: EnvLike) -> dict[str, Any]:
 def _trainer(settings: RunSettings, env: EnvLike) -> Trainer:
     seeds = [settings.seed]
     if isinstance(env, str):
-        return Trainer(settings, env=make(settings.env, seeds))
+        return Trainer(settings, env=make(settings.env, seeds, device=settings.device))
     return Trainer(settings, env=make_from(env, seeds, drift=settings.env.drift))
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from hardy.adversary import AdversarySettings, harm, noise_shape, perturb
 from hardy.config import Settings, tunable
+from hardy.graphs import CapturedCalls
 from hardy.nn.distributions import ActionDistribution
 from hardy.ops.categorical import follow_
 from hardy.ops.policy_loss import approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
@@ -28,6 +29,9 @@ from hardy.rollout import Rollout
 Hyper = Mapping[str, Tensor]
 Attacker = Callable[["Batch"], Tensor]
 """The sequences of a batch to attacked observations."""
+CAPTURED = ("cuda",)
+"""Types of devices on which a minibatch is a captured function."""
+HYPER = "hyper."
 KL_TOLERANCE = 1.5
 """A member stops its update once its KL exceeds this many times the target, as in Stable-Baselines3."""
 
@@ -223,6 +227,7 @@ class PPO:
         self.objective = objective
         self.adversary = adversary
         self.microbatches = microbatches
+        self._captured: _CapturedMinibatch | None = None
 
     def update(
         self,
@@ -247,37 +252,60 @@ class PPO:
         with phase("returns"):
             whole = make_batch(rollout, hyper, normalize=normalize, objective=self.objective, draws=draws)
         members, _, envs = whole.valid.shape
-        running = whole.valid.new_ones(members)
-        totals = _Averages(members, whole.obs)
+        captured = self._captured_on(whole.obs, hyper, state)
+        progress = _Progress(members, whole.obs)
+        if captured is not None:
+            progress = captured.begin_(generators["noise"], self.settings.n_epochs * self.settings.n_minibatches)
         split: dict[str, Tensor] = {}
         for _ in range(self.settings.n_epochs):
             with phase("minibatches"):
-                shuffled = whole.environments(generators["shuffle"].permutations(envs, running).to(whole.obs.device))
+                shuffled = whole.environments(generators["shuffle"].permutations(envs, progress.running).to(whole.obs.device))
             for part in _split(shuffled, self.settings.n_minibatches):
-                attack = self._attacker(hyper, bounds, generators["attack"], running)
+                if captured is not None:
+                    captured(part, hyper)
+                    continue
+                attack = self._attacker(hyper, bounds, generators["attack"], progress.running)
                 gradients, metrics = self._gradients(part, hyper, state, attack)
                 if attack is not None and not split:
                     with phase("metrics"):
                         split = self._split_norms(part, hyper, gradients)
-                running = running & self._within_target(metrics["train/approx_kl"])
-                with phase("optimizer"):
-                    finite = _finite(gradients)
-                    trained = running & finite
-                    # Called with nobody to train as well: it forgets the microbatches that were observed.
-                    metrics |= self.optimizer.step_(self.parameters, gradients, state, hyper, generators["noise"], trained)
-                with phase("metrics"):
-                    totals.add(metrics, trained)
-                    totals.skipped += (running & ~finite).to(totals.skipped.dtype)
-            if not running.any():
+                self._apply(gradients, metrics, hyper, state, generators["noise"], progress)
+            if not progress.running.any():
                 break
         self._follow_returns(rollout, hyper)
         return {
-            **totals.mean(),
+            **progress.mean(),
             **split,
-            "train/skipped_updates": totals.skipped,
+            "train/skipped_updates": progress.skipped.clone(),
             "train/explained_variance": explained_variance(rollout.value, whole.returns, whole.valid),
             "train/learning_rate": hyper["optimizer.lr"],
         }
+
+    def _apply(
+        self,
+        gradients: dict[str, Tensor],
+        metrics: dict[str, Tensor],
+        hyper: Hyper,
+        state: OptimizerState,
+        noise: MemberGenerators | Int[Tensor, "P"],
+        progress: _Progress,
+    ) -> None:
+        """Step the members that have not reached their target, as far as their gradients are finite."""
+        running = progress.running & self._within_target(metrics["train/approx_kl"])
+        with phase("optimizer"):
+            finite = _finite(gradients)
+            # Called with nobody to train as well: it forgets the microbatches that were observed.
+            stepped = self.optimizer.step_(self.parameters, gradients, state, hyper, noise, running & finite)
+        with phase("metrics"):
+            progress.add_({**metrics, **stepped}, running, finite)
+
+    def _captured_on(self, like: Tensor, hyper: Hyper, state: OptimizerState) -> _CapturedMinibatch | None:
+        """A whole minibatch as one captured function, on devices that gain from it; an adversary's draws no graph can hold."""
+        if like.device.type not in CAPTURED or bool((hyper["adversary.epsilon"] > 0).any()):
+            return None
+        if self._captured is None or self._captured.state is not state:
+            self._captured = _CapturedMinibatch(self, state, like)
+        return self._captured
 
     def _follow_returns(self, rollout: Rollout, hyper: Hyper) -> None:
         support = self.policy.values.support
@@ -366,22 +394,71 @@ def _finite(gradients: Mapping[str, Tensor]) -> Bool[Tensor, "P"]:
     return torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients.values()]).sum(0).isfinite()
 
 
-class _Averages:
-    """Mean of each metric over the minibatches that each member trained on."""
+class _Progress:
+    """Which members still train in this update, and the mean of each metric over the minibatches that each trained on.
+
+    Its tensors keep their addresses, through `begin_` too.
+    """
 
     def __init__(self, members: int, like: Tensor) -> None:
+        self.running = like.new_ones(members, dtype=torch.bool)
         self.sums: dict[str, Tensor] = {}
         self.count = like.new_zeros(members)
         self.skipped = like.new_zeros(members)
 
-    def add(self, metrics: Mapping[str, Tensor], trained: Bool[Tensor, "P"]) -> None:
+    def begin_(self) -> _Progress:
+        """Back to the begin of an update."""
+        self.running.fill_(True)
+        for total in (*self.sums.values(), self.count, self.skipped):
+            total.zero_()
+        return self
+
+    def add_(self, metrics: Mapping[str, Tensor], running: Bool[Tensor, "P"], finite: Bool[Tensor, "P"]) -> None:
+        """One minibatch, on which the members trained that were ``running`` and whose gradients were ``finite``."""
+        trained = running & finite
+        self.running.copy_(running)
+        self.skipped += (running & ~finite).to(self.skipped.dtype)
         self.count += trained.to(self.count.dtype)
         for name, value in metrics.items():
             seen = torch.where(trained, value, torch.zeros_like(value))
-            self.sums[name] = self.sums[name] + seen if name in self.sums else seen
+            if name in self.sums:
+                self.sums[name] += seen
+            else:
+                self.sums[name] = seen
 
     def mean(self) -> dict[str, Any]:
         return {
             name: torch.where(self.count > 0, total / self.count.clamp(min=1), torch.full_like(total, torch.nan))
             for name, total in self.sums.items()
         }
+
+
+class _CapturedMinibatch:
+    """Loss, gradients and step of one minibatch as one captured function, which goes on with one and the same state.
+
+    The keys of the optimizer's noise are drawn for a whole update and every member: which of them train in a minibatch is known
+    on the device only.
+    """
+
+    def __init__(self, ppo: PPO, state: OptimizerState, like: Tensor) -> None:
+        self.state = state
+        self.progress = _Progress(like.shape[0], like)
+        self._keys: Iterator[Tensor] = iter(())
+
+        def train_on(given: Mapping[str, Tensor]) -> None:
+            batch = Batch(**{field.name: given[field.name] for field in dataclasses.fields(Batch)})
+            hyper = {name.removeprefix(HYPER): value for name, value in given.items() if name.startswith(HYPER)}
+            gradients, metrics = ppo._gradients(batch, hyper, state)
+            ppo._apply(gradients, metrics, hyper, state, given["keys"], self.progress)
+
+        self._calls = CapturedCalls(train_on, like.device)
+
+    def begin_(self, noise: MemberGenerators, minibatches: int) -> _Progress:
+        """Prepare for the minibatches of an update."""
+        keys = torch.stack([noise.keys() for _ in range(minibatches)])
+        self._keys = iter(keys.to(self.progress.running.device))
+        return self.progress.begin_()
+
+    def __call__(self, batch: Batch, hyper: Hyper) -> None:
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
+        self._calls({**fields, **{HYPER + name: value for name, value in hyper.items()}, "keys": next(self._keys)})

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hardy.envs import BatchedEnv, EnvStep
+from hardy.envs import BatchedEnv, EnvStep, TensorEnv
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators, kept, reset_to, training_state
 from hardy.profiling import timed
@@ -77,15 +77,16 @@ def start(env: BatchedEnv, policy: ActorCritic, members: int) -> CollectorState:
     """Reset every environment."""
     obs = policy.flatten(env.reset(), members)
     envs = obs.shape[1]
+    counted = env.device if isinstance(env, TensorEnv) else torch.device("cpu")  # where the rewards come from
     return CollectorState(
         obs=obs,
         is_first=torch.ones(members, envs, dtype=torch.bool, device=obs.device),
         recurrent=policy.initial_state(members, envs).detach(),
-        episode_return=torch.zeros(members, envs),
-        episode_length=torch.zeros(members, envs, dtype=torch.int64),
-        recent_returns=torch.full((members, RECENT_EPISODES), float("nan")),
-        recent_lengths=torch.full((members, RECENT_EPISODES), float("nan")),
-        episodes=torch.zeros(members, dtype=torch.int64),
+        episode_return=torch.zeros(members, envs, device=counted),
+        episode_length=torch.zeros(members, envs, dtype=torch.int64, device=counted),
+        recent_returns=torch.full((members, RECENT_EPISODES), float("nan"), device=counted),
+        recent_lengths=torch.full((members, RECENT_EPISODES), float("nan"), device=counted),
+        episodes=torch.zeros(members, dtype=torch.int64, device=counted),
     )
 
 
@@ -172,22 +173,50 @@ def collect(
     truncated = truncated.to(policy.device)
     for t, final in final_critic.items():
         next_critic[:, t] = torch.where(truncated[:, t].unsqueeze(-1), final, next_critic[:, t])
-    value = policy.values.mean(critic)
-    return Rollout(
+    return assemble(
+        policy,
+        normalize,
         raw_obs=raw_obs,
-        obs=normalize(raw_obs),
         is_first=is_first,
         action=actions,
-        log_prob=policy.distribution(outputs).log_prob(actions),
-        value=value,
-        next_value=policy.values.mean(next_critic),
-        reward=reward.to(value),
+        outputs=outputs,
+        critic=critic,
+        next_critic=next_critic,
+        reward=reward.to(critic),
         terminated=terminated.to(policy.device),
         truncated=truncated,
         valid=valid.to(policy.device),
         initial_state=initial_state,
+    )
+
+
+def assemble(
+    policy: ActorCritic,
+    normalize: Normalize,
+    *,
+    raw_obs: Float[Tensor, "P T E O"],
+    action: Tensor,
+    outputs: Float[Tensor, "P T E A"],
+    critic: Float[Tensor, "P T E K"],
+    next_critic: Float[Tensor, "P T E K"],
+    **rest: Tensor,
+) -> Rollout:
+    """The rollout of what was seen and done: normalised observations, log-probabilities and values, for all steps at once.
+
+    Args:
+        outputs: the actor's.
+        rest: the other fields of `Rollout`.
+    """
+    return Rollout(
+        raw_obs=raw_obs,
+        obs=normalize(raw_obs),
+        action=action,
+        log_prob=policy.distribution(outputs).log_prob(action),
+        value=policy.values.mean(critic),
+        next_value=policy.values.mean(next_critic),
         critic=critic,
         next_critic=next_critic,
+        **rest,
     )
 
 

@@ -118,7 +118,7 @@ def make_trainer(settings: RunSettings) -> Trainer:
         ConfigError: a setting that only the parts themselves can judge is impossible, such as an unknown environment.
     """
     try:
-        env = make(settings.env, settings.member_seeds, drift_seeds=settings.drift_seeds)
+        env = make(settings.env, settings.member_seeds, drift_seeds=settings.drift_seeds, device=settings.device)
     except (TypeError, ImportError, gymnasium.error.Error) as error:  # what env.kwargs or a missing extra make an id raise
         raise ConfigError([f"env.id = '{settings.env.id}', env.kwargs = {settings.env.kwargs}: {error}"]) from error
     except ValueError as error:
@@ -156,8 +156,8 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     """
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: say(f"skipped {error}"))
     # Not the configuration's: a resume may have been stopped between writing that and the first checkpoint that follows it.
-    before = settings_from_dict(RunSettings, read_document(path)["settings"])
-    settings = load_settings(RunSettings, folder / CONFIG, overrides)
+    before, ran_on = _as_saved(path)
+    settings = _with_environments(load_settings(RunSettings, folder / CONFIG, overrides), before, ran_on)
     if settings.seed != before.seed:
         raise ConfigError([f"seed = {settings.seed}: {folder} began with seed {before.seed}, which cannot change any more"])
     if settings.population != before.population:
@@ -192,6 +192,24 @@ def resume(folder: Path, overrides: list[str], say: Callable[[str], None]) -> Ou
     return run.to_the_end(trainer.timesteps)
 
 
+def _as_saved(checkpoint: Path) -> tuple[RunSettings, str]:
+    """The settings of a checkpoint, and the device it was trained on, which need not be here."""
+    described = read_document(checkpoint)["settings"]
+    return settings_from_dict(RunSettings, {**described, "device": "cpu"}), described["device"]
+
+
+def _with_environments(settings: RunSettings, before: RunSettings, ran_on: str) -> RunSettings:
+    """The settings with the kind of environments whose state the checkpoint holds, whatever the device is now."""
+    backend = before.env.backend_on(ran_on)
+    if (
+        settings.env.backend != "auto"
+        or settings.env.id != before.env.id
+        or settings.env.backend_on(settings.device) == backend
+    ):
+        return settings
+    return settings.model_copy(update={"env": settings.env.model_copy(update={"backend": backend})})
+
+
 def evaluate(folder: Path, episodes: int | None, seed: int | None, overrides: Sequence[str] = ()) -> Evaluation:
     """Evaluate the newest usable checkpoint of a run in fresh environments, in the physics that the run ended with.
 
@@ -211,8 +229,11 @@ def evaluate(folder: Path, episodes: int | None, seed: int | None, overrides: Se
 
 def _restored(folder: Path, overrides: Sequence[str]) -> tuple[Trainer, int]:
     """The newest usable checkpoint of a run, and of a population the member that scored best last."""
-    settings = load_settings(RunSettings, folder / CONFIG, list(overrides))
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
+    # An agent acts on any machine, also where the device that it was trained on is missing.
+    device = [] if torch.cuda.is_available() else ["device=cpu"]
+    settings = load_settings(RunSettings, folder / CONFIG, [*device, *overrides])
+    settings = _with_environments(settings, *_as_saved(path))
     trainer = make_trainer(settings)
     trainer.restore(path)
     if settings.population.size == 1:

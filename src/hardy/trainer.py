@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hardy.checkpoint import CheckpointError, flatten_state, load_tensors, restore_state_, save_tensors
 from hardy.config import tunables
-from hardy.envs import BatchedEnv, Drift, make
+from hardy.device_rollout import DeviceCollector
+from hardy.envs import BatchedEnv, Drift, TensorEnv, make
 from hardy.nn.normalizer import ReturnNormalizer, RunningMoments
 from hardy.ops.plasticity import dormant_fraction, effective_rank
 from hardy.ops.risk import Objective, RiskState
@@ -109,7 +110,7 @@ class Trainer:
         self.iteration = 0
         set_threads(settings.threads or available_cores(), recurrent=settings.policy.memory != "none")
         members = len(self.seeds)
-        self.env = make(settings.env, self.seeds, drift_seeds=self.drift_seeds) if env is None else env
+        self.env = make(settings.env, self.seeds, drift_seeds=self.drift_seeds, device=settings.device) if env is None else env
         self.policy = ActorCritic(
             self.env.observation_space, self.env.action_space, settings.policy, settings.critic, self.seeds
         ).to(device=settings.device, dtype=dtype)
@@ -135,6 +136,11 @@ class Trainer:
         self.ppo = PPO(self.policy, optimizer, settings.ppo, objective, settings.adversary, settings.microbatches)
         self.recent: Rollout | None = None
         """The last rollout, which a burn-in replays."""
+        self._on_device = (
+            DeviceCollector(self.env, self.policy, collector, self.normalize, settings.ppo.n_steps)
+            if isinstance(self.env, TensorEnv)
+            else None
+        )
 
     @property
     def timesteps(self) -> int:
@@ -181,10 +187,7 @@ class Trainer:
         state = self.state
         self._follow_schedule()
         with phase("rest of the rollout"):
-            rollout = self.recent = collect(
-                self.env, self.policy, state.collector, self.frozen_normalizer(), state.generators["action"],
-                self.settings.ppo.n_steps,
-            )  # fmt: skip
+            rollout = self.recent = self._collect()
         progress = self.timesteps / total_timesteps
         hyper = scheduled(state.hyper, self.settings.ppo, progress, self.settings.adversary)
         with phase("normalising"):
@@ -203,9 +206,17 @@ class Trainer:
         with phase("metrics"):
             metrics |= running_scores(state.collector)
         metrics["env/drift_changes"] = float(self.env.changes.max()) if isinstance(self.env, Drift) else 0.0
+        metrics = _on_host(metrics)
         metrics["time/total_timesteps"] = float(self.timesteps)
         metrics["time/steps_per_second"] = len(self.seeds) * self.steps_per_iteration / (time.perf_counter() - began)
         return metrics
+
+    def _collect(self) -> Rollout:
+        noise = self.state.generators["action"]
+        if self._on_device is not None:
+            return self._on_device.collect(noise)
+        steps = self.settings.ppo.n_steps
+        return collect(self.env, self.policy, self.state.collector, self.frozen_normalizer(), noise, steps)
 
     def _follow_schedule(self) -> None:
         for change in self.settings.schedule:
@@ -343,7 +354,7 @@ class Trainer:
         obs = self.policy.flatten(self.env.reset_rows(rows.flatten().cpu().numpy()), len(self.seeds))
         collector.obs[rows] = obs[rows]
         for counter in (collector.episode_return, collector.episode_length):
-            counter[rows.cpu()] = 0
+            counter[rows.to(counter.device)] = 0
         return rows
 
     def evaluate(
@@ -368,7 +379,10 @@ class Trainer:
         members = len(self.seeds)
         common = stream_seed(self.settings.seed, "evaluation") if seed is None else seed
         reached = self.env.steps if isinstance(self.env, Drift) else self.timesteps
-        env = make(self.settings.env, [common] * members, episodes, drift_step=reached, drift_seeds=self.drift_seeds)
+        env = make(
+            self.settings.env, [common] * members, episodes, drift_step=reached, drift_seeds=self.drift_seeds,
+            device=self.settings.device,
+        )  # fmt: skip
         try:
             noise = MemberGenerators([common] * members, "evaluation")
             limit = self.settings.evaluation.max_steps
@@ -448,6 +462,15 @@ def _checked_seeds(seeds: Sequence[Any]) -> list[int]:
 def mean_over_members(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Each metric as one number: the mean over the members that have it, NaN where none does."""
     return {name: float(value.double().nanmean()) if isinstance(value, Tensor) else value for name, value in metrics.items()}
+
+
+def _on_host(metrics: Metrics) -> Metrics:
+    """The metrics on the CPU, all of a device's in one transfer."""
+    away = {name: value for name, value in metrics.items() if isinstance(value, Tensor) and value.device.type != "cpu"}
+    if not away:
+        return metrics
+    together = torch.stack([value.double() for value in away.values()]).cpu()
+    return {**metrics, **{name: row.to(away[name].dtype) for name, row in zip(away, together, strict=True)}}
 
 
 def _split_arrays(tree: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Environments: one batched protocol, the built-in tasks, the adapter to Gymnasium, and tasks that drift."""
 
 from hardy.envs.base import BatchedEnv, EnvStep
+from hardy.envs.device import TensorEnv, TensorStep
 from hardy.envs.drift import Drift, DriftSettings
 from hardy.envs.factory import EnvSettings, make, make_from
 from hardy.envs.gymnasium_adapter import GymVectorEnv
@@ -16,6 +17,8 @@ __all__ = [
     "EnvSettings",
     "EnvStep",
     "GymVectorEnv",
+    "TensorEnv",
+    "TensorStep",
     "list_envs",
     "make",
     "make_from",

@@ -116,12 +116,7 @@ class ClassicControl(BatchedEnv):
         return self.default_physics
 
     def set_physics(self, name: str, values: Float[np.ndarray, "N"]) -> None:
-        require_name("physics", name, self.default_physics)
-        if values.shape != (self.num_envs,):
-            raise ValueError(f"values of {name!r} have shape {values.shape}: one per environment is needed, ({self.num_envs},)")
-        signed = name in self.signed_physics
-        if not np.isfinite(values).all() or not (signed or (values > 0).all()):
-            raise ValueError(f"{name!r} = {values.min()} … {values.max()}: must be finite{'' if signed else ' and above 0'}")
+        check_physics(type(self), name, values, self.num_envs)
         self._physics[name] = values.astype(np.float64)
         self._derive()
 
@@ -147,6 +142,20 @@ class ClassicControl(BatchedEnv):
         for generator, words in zip(self._generators, state["generators"], strict=True):
             _unpack(generator, np.asarray(words, dtype=np.int64))
         self._derive()
+
+
+def check_physics(task: type[ClassicControl], name: str, values: Float[np.ndarray, "N"], num_envs: int) -> None:
+    """Refuse values of a physical parameter that a task cannot have.
+
+    Raises:
+        ValueError: no such parameter, not one value per environment, or an impossible one.
+    """
+    require_name("physics", name, task.default_physics)
+    if values.shape != (num_envs,):
+        raise ValueError(f"values of {name!r} have shape {values.shape}: one per environment is needed, ({num_envs},)")
+    signed = name in task.signed_physics
+    if not np.isfinite(values).all() or not (signed or (values > 0).all()):
+        raise ValueError(f"{name!r} = {values.min()} … {values.max()}: must be finite{'' if signed else ' and above 0'}")
 
 
 def _pack(generator: np.random.Generator) -> Int64[np.ndarray, "W"]:

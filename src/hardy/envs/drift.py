@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from gymnasium.spaces import Box
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64, Shaped
 from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor
 
 from hardy.config import Settings, nearest
 from hardy.envs.base import BatchedEnv, EnvStep
+from hardy.envs.device import TensorEnv, TensorStep
 from hardy.population import stream_seed
 
 # A range arrives from YAML as a list; strict settings would take a tuple only.
@@ -249,3 +252,66 @@ class Drift(BatchedEnv):
                 raise ValueError(f"environment state has no {key!r}: it was not saved from a drifting task")
         self._env.set_state(state["env"])
         self.set_steps(np.asarray(state["drift_steps"]))
+
+
+class TensorDrift(TensorEnv, Drift):
+    """`Drift` around environments that are tensors. What a step needs of the schedule is brought to the device before it.
+
+    Args:
+        env: a `TensorEnv`.
+        settings, seeds, frozen_at: as for `Drift`.
+    """
+
+    _env: TensorEnv
+
+    def __init__(
+        self, env: BatchedEnv, settings: DriftSettings, seeds: Sequence[int], *, frozen_at: Steps | None = None
+    ) -> None:
+        assert isinstance(env, TensorEnv)
+        self.device = env.device
+        entries = int(np.prod(env.observation_space.shape))
+        rows = torch.arange(entries, device=self.device).repeat(len(seeds), 1, 1)
+        self._old_rows, self._new_rows = rows, rows.clone()
+        self._new_share = torch.ones(len(seeds), 1, 1, device=self.device)
+        Drift.__init__(self, env, settings, seeds, frozen_at=frozen_at)
+
+    def _apply(self) -> None:
+        before = self._changes, self._fraction
+        super()._apply()
+        moved = self._changes is not before[0] or self._fraction is not before[1]
+        if moved and self.settings.kind == "permute":
+            # In place: a captured step reads these very tensors.
+            self._old_rows.copy_(torch.from_numpy(self._old_order))
+            self._new_rows.copy_(torch.from_numpy(self._new_order))
+            self._new_share.copy_(torch.from_numpy(self._fraction)[:, None, None])
+
+    def prepare_step(self) -> None:
+        """Count the step, all of whose rows are valid, and bring the task to where the schedule then stands.
+
+        As in `Drift`, physics hold from the step after on which they change, an order of entries for what this step returns.
+        """
+        self._env.prepare_step()
+        if self._frozen:
+            return
+        if self.settings.kind == "physics":
+            self._apply()
+        self._steps = self._steps + self.num_envs // self._members
+        if self.settings.kind == "permute":
+            self._apply()
+
+    def _see_tensor(self, obs: Float32[Tensor, "N D"]) -> Float32[Tensor, "N D"]:
+        if self.settings.kind == "physics":
+            return obs
+        rows = obs.view(self._members, self.num_envs // self._members, -1)
+        old = rows.gather(2, self._old_rows.expand_as(rows))
+        new = rows.gather(2, self._new_rows.expand_as(rows))
+        share = self._new_share
+        return torch.where(share == 1, new, (1 - share) * old + share * new).view_as(obs)
+
+    def reset_tensor(self) -> Float32[Tensor, "N D"]:
+        return self._see_tensor(self._env.reset_tensor())
+
+    def step_tensor(self, actions: Shaped[Tensor, "N ..."]) -> TensorStep:
+        step = self._env.step_tensor(actions)
+        obs, final_obs = self._see_tensor(step.obs), self._see_tensor(step.final_obs)
+        return TensorStep(obs, step.reward, step.terminated, step.truncated, final_obs)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
+import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from pydantic import Field
 
 from hardy.config import Settings, nearest
 from hardy.envs.base import BatchedEnv, row_seeds
-from hardy.envs.drift import Drift, DriftSettings, Steps
+from hardy.envs.device import TensorEnv
+from hardy.envs.drift import Drift, DriftSettings, Steps, TensorDrift
 from hardy.envs.gymnasium_adapter import GymVectorEnv
 from hardy.envs.tasks import TASKS
 
+Backend = Literal["auto", "numpy", "torch"]
 EnvFactory = Callable[[], gymnasium.Env[Any, Any]]
 
 
@@ -30,6 +33,8 @@ class EnvSettings(Settings):
         num_envs: environments per member.
         kwargs: passed to ``gymnasium.make``; built-in tasks take none.
         max_episode_steps: steps until truncation; the task's own limit if ``None``.
+        backend: ``numpy`` steps the environments on the CPU, ``torch`` as tensors on the device of the networks; ``auto`` takes
+            tensors where that device is not the CPU and the task exists as such.
         drift: makes the task change while it is being learnt.
     """
 
@@ -37,7 +42,15 @@ class EnvSettings(Settings):
     num_envs: int = Field(default=8, gt=0)
     kwargs: dict[str, Any] = Field(default_factory=dict)
     max_episode_steps: int | None = Field(default=None, gt=0)
+    backend: Backend = "auto"
     drift: DriftSettings | None = None
+
+    def backend_on(self, device: str | torch.device) -> Literal["numpy", "torch"]:
+        """What ``backend`` means with the networks on this device."""
+        if self.backend != "auto":
+            return self.backend
+        task = TASKS.get(self.id.rpartition(":")[2])
+        return "torch" if task is not None and task.tensors is not None and torch.device(device).type != "cpu" else "numpy"
 
 
 def make(
@@ -47,6 +60,7 @@ def make(
     *,
     drift_step: Steps | None = None,
     drift_seeds: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
 ) -> BatchedEnv:
     """Environments for a population: ``len(seeds)`` members with ``num_envs`` each, row = p·E + e.
 
@@ -57,9 +71,11 @@ def make(
         drift_step: holds the drift at what it is after this many steps of a member (or one number per member).
         drift_seeds: members' seeds for the drift, where they differ from ``seeds``: an evaluation plays other episodes
             of the task that the training has drifted to.
+        device: where the networks are.
 
     Raises:
-        ValueError: unknown id, arguments the task does not take, unsupported spaces, or an impossible drift.
+        ValueError: unknown id, arguments the task does not take, no such task as tensors, unsupported spaces, or an impossible
+            drift.
     """
     per_member = settings.num_envs if num_envs is None else num_envs
     if per_member < 1 or not seeds:
@@ -72,14 +88,27 @@ def make(
                 f"env.kwargs = {settings.kwargs}: the built-in {name} takes none (it does not render either); "
                 "change its physics with env.drift, or pass factories of gymnasium.make environments"
             )
-        task = TASKS[name]
-        env: BatchedEnv = task.batched(rows, kept=task.kept, max_episode_steps=settings.max_episode_steps)
+        task, limit = TASKS[name], settings.max_episode_steps
+        env: BatchedEnv
+        if settings.backend_on(device) == "numpy":
+            env = task.batched(rows, kept=task.kept, max_episode_steps=limit)
+        elif task.tensors is None:
+            raise _no_tensors(name)
+        else:
+            env = task.tensors(rows, kept=task.kept, max_episode_steps=limit, device=device)
+    elif settings.backend == "torch":
+        raise _no_tensors(name)
     else:
         single = functools.partial(
             gymnasium.make, name, max_episode_steps=settings.max_episode_steps, disable_env_checker=True, **settings.kwargs
         )
         env = _sync([single] * len(rows), rows)
     return _with_drift(env, settings.drift, seeds, drift_step, drift_seeds)
+
+
+def _no_tensors(name: str) -> ValueError:
+    known = ", ".join(task.id for task in TASKS.values() if task.tensors is not None)
+    return ValueError(f"env.backend = 'torch': {name} does not exist as tensors; those that do are {known}")
 
 
 def make_from(
@@ -145,4 +174,5 @@ def _with_drift(
         return env
     if drift_seeds is not None and len(drift_seeds) != len(seeds):
         raise ValueError(f"{len(drift_seeds)} drift_seeds for {len(seeds)} members")
-    return Drift(env, drift, seeds if drift_seeds is None else drift_seeds, frozen_at=step)
+    wrapper = TensorDrift if isinstance(env, TensorEnv) else Drift
+    return wrapper(env, drift, seeds if drift_seeds is None else drift_seeds, frozen_at=step)

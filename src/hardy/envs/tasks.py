@@ -14,6 +14,7 @@ from gymnasium.utils import RecordConstructorArgs
 
 from hardy.envs.classic import CartPole, ClassicControl, MountainCarContinuous, Pendulum
 from hardy.envs.cliff import WindyCliff, WindyCliffEnv
+from hardy.envs.device import TensorCartPole, TensorMountainCarContinuous, TensorPendulum, TensorTask
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Task:
         entries: what the observation holds, in order.
         kept: indices of those entries in the full observation; ``None`` for all. The only place that says which are masked.
         description: one line for a listing.
+        tensors: the dynamics as tensors on any device, where they exist.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Task:
     entries: tuple[str, ...]
     kept: tuple[int, ...] | None
     description: str
+    tensors: type[TensorTask] | None = None
 
 
 TASKS = {
@@ -47,13 +50,34 @@ TASKS = {
             ("position", "velocity", "angle", "angular velocity"),
             None,
             "balance a pole on a cart",
+            TensorCartPole,
         ),
         Task(
-            "CartPoleNoVel-v1", CartPole, CartPoleEnv, ("position", "angle"), (0, 2), "balance a pole without seeing velocities"
+            "CartPoleNoVel-v1",
+            CartPole,
+            CartPoleEnv,
+            ("position", "angle"),
+            (0, 2),
+            "balance a pole without seeing velocities",
+            TensorCartPole,
         ),
-        Task("Pendulum-v1", Pendulum, PendulumEnv, ("cos", "sin", "angular velocity"), None, "swing a pendulum up and hold it"),
         Task(
-            "PendulumNoVel-v1", Pendulum, PendulumEnv, ("cos", "sin"), (0, 1), "swing a pendulum up without seeing its velocity"
+            "Pendulum-v1",
+            Pendulum,
+            PendulumEnv,
+            ("cos", "sin", "angular velocity"),
+            None,
+            "swing a pendulum up and hold it",
+            TensorPendulum,
+        ),
+        Task(
+            "PendulumNoVel-v1",
+            Pendulum,
+            PendulumEnv,
+            ("cos", "sin"),
+            (0, 1),
+            "swing a pendulum up without seeing its velocity",
+            TensorPendulum,
         ),
         Task(
             "MountainCarContinuous-v0",
@@ -62,6 +86,7 @@ TASKS = {
             ("position", "velocity"),
             None,
             "rock an underpowered car out of a valley",
+            TensorMountainCarContinuous,
         ),
         Task(
             "MountainCarContinuousNoVel-v0",
@@ -70,6 +95,7 @@ TASKS = {
             ("position",),
             (0,),
             "rock an underpowered car out of a valley without seeing its velocity",
+            TensorMountainCarContinuous,
         ),
         Task(
             "WindyCliff-v0",

@@ -1,8 +1,9 @@
 """Stacked LSTM and GRU with exact resets inside a sequence.
 
-One step (`StackedRecurrent.step`) runs the whole population on the stacked axis. A sequence (`StackedRecurrent.forward`)
-runs as rows (see `hardy.nn.rows`), members and parts of the environments in threads: the LSTM in float32 on the CPU through
-Hardy's compiled library where there is one (see `hardy.nn.compiled`), everything else through PyTorch's fused kernels.
+One step (`StackedRecurrent.step`) runs the whole population on the stacked axis. On a CUDA device so does a sequence
+(`StackedRecurrent.forward`), step by step (see `hardy.nn.stepped`). On the CPU it runs as rows (see `hardy.nn.rows`), members
+and parts of the environments in threads: the LSTM in float32 through Hardy's compiled library where there is one (see
+`hardy.nn.compiled`), everything else through PyTorch's fused kernels.
 
 The recurrent state of one environment is one vector of ``state_size`` numbers: the hidden vectors of all layers, then,
 for the LSTM, the cell vectors. Zero is the initial state.
@@ -19,12 +20,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hardy.nn import compiled
+from hardy.nn import compiled, stepped
 from hardy.nn.rows import RowGroup, plan_rows
 from hardy.parallel import WorkerPool, pool
 
 CellKind = Literal["lstm", "gru"]
 GATES: dict[str, int] = {"lstm": 4, "gru": 3}
+STEPPED = ("cuda",)
+"""Types of devices on which a sequence runs step by step."""
 WORTH_THREADS = 200_000_000
 """Multiplications of a forward pass, of all members and layers, below which Python threads cost more than they give."""
 
@@ -109,6 +112,8 @@ class StackedRecurrent(nn.Module):
 
         Gradients flow to the inputs and the weights and stop at ``state`` (truncated backpropagation through time).
         """
+        if inputs.device.type in STEPPED:
+            return self._forward_by_steps(inputs, state.detach(), is_first)
         weights = [weight for layer in range(self.layers) for weight in self.layer_weights(layer)]
         if self.kind == "lstm" and compiled.supports(inputs, state, *weights):
             output = inputs
@@ -116,6 +121,25 @@ class StackedRecurrent(nn.Module):
                 output = compiled.lstm_layer(output, state, is_first, layer, self.layer_weights(layer), pool().threads)
             return output
         return self._forward_by_torch(inputs, state, is_first, weights)
+
+    def _forward_by_steps(self, inputs: Tensor, state: Tensor, is_first: Tensor) -> Tensor:
+        parts, output = state.split(self.hidden_size, dim=-1), inputs
+        for layer in range(self.layers):
+            weight_ih, weight_hh, bias_ih, bias_hh = self.layer_weights(layer)
+            hidden = parts[layer]
+            if self.kind == "lstm":
+                from_input = torch.baddbmm((bias_ih + bias_hh).unsqueeze(1), output.flatten(1, 2), weight_ih.mT)
+                from_input = from_input.unflatten(1, output.shape[1:3])
+                output = stepped.lstm_layer(from_input, hidden, parts[self.layers + layer], is_first, weight_hh)
+                continue
+            from_input = torch.baddbmm(bias_ih.unsqueeze(1), output.flatten(1, 2), weight_ih.mT).unflatten(1, output.shape[1:3])
+            outputs = []
+            for step, begins in zip(from_input.unbind(1), is_first.unsqueeze(-1).unbind(1), strict=True):
+                hidden = torch.where(begins, 0.0, hidden)
+                hidden = _gru_cell(step, torch.baddbmm(bias_hh.unsqueeze(1), hidden, weight_hh.mT), hidden)
+                outputs.append(hidden)
+            output = torch.stack(outputs, dim=1)
+        return output
 
     def _forward_by_torch(self, inputs: Tensor, state: Tensor, is_first: Tensor, weights: list[Tensor]) -> Tensor:
         work = is_first[0].numel() * sum(weight.numel() for weight in weights)

@@ -55,7 +55,7 @@ def quantile_huber_loss(
 def _scaled_huber(error: Tensor, kappa: float | Tensor) -> Tensor:
     """``Huber_κ(error) / κ``, and its limit ``|error|`` at κ = 0."""
     size = error.abs()
-    width = torch.as_tensor(kappa, dtype=error.dtype, device=error.device)
+    width = kappa.to(error) if isinstance(kappa, Tensor) else error.new_full((), kappa)
     if width.ndim == 1:
         width = per_member(width, error.ndim)
     inside = torch.minimum(size, width)

@@ -1,8 +1,7 @@
 """Standard-normal numbers from a counter-based generator: a function of (key, tensor, place), in any order, on any device.
 
-The counter, times an odd constant and plus the key, goes through SplitMix64's mixing function (Steele, Lea & Flood 2014, "Fast
-splittable pseudorandom number generators", figure 17; it passes BigCrush), and the two halves of each result become two normal
-numbers (Box & Muller 1958). A member draws one key a step from its own generator; the numbers follow from that key whatever the
+The counter goes through SplitMix64 (`hardy.splitmix`) under a key, and the two halves of each result become two normal numbers
+(Box & Muller 1958). A member draws one key a step from its own generator; the numbers follow from that key whatever the
 population, the number of threads or the path that computes them. `_upgd_kernel.h` computes the same numbers, to rounding.
 """
 
@@ -15,6 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from hardy.graphs import may_ask
+from hardy.splitmix import split_mix
 
 _LANES = 16
 """Counters side by side; each gives two numbers, so that 32 successive places belong together."""
@@ -51,14 +53,22 @@ def standard_normal(keys: Int[Tensor, "P"], tensors: Sequence[Tensor]) -> list[T
     precise = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     buffer = torch.empty(keys.shape[0], sum(sizes), dtype=precise, device=tensors[0].device)
     counters = _counters(tuple(size // 2 for size in sizes), buffer.device)
-    for key, numbers in zip(keys.tolist(), buffer, strict=True):
-        rows = numbers.view(-1, 2, _LANES)
-        for begin in range(0, counters.numel(), _SLICE):
-            pair = box_muller(split_mix(counters[begin : begin + _SLICE], key), precise)
-            of_slice = rows[begin // _LANES : (begin + _SLICE) // _LANES]
-            of_slice[:, 0], of_slice[:, 1] = (values.view(-1, _LANES) for values in pair)
+    rows = buffer.view(len(keys), -1, 2, _LANES)
+    if may_ask(keys):
+        _fill_in_slices(rows, keys, counters)
+    else:
+        pair = box_muller(split_mix(counters, keys[:, None]), precise)
+        rows[:, :, 0], rows[:, :, 1] = (values.view(len(keys), -1, _LANES) for values in pair)
     parts = zip(buffer.split(sizes, dim=1), lengths, tensors, strict=True)
     return [part[:, :length].view(tensor.shape).to(tensor.dtype) for part, length, tensor in parts]
+
+
+def _fill_in_slices(rows: Float[Tensor, "P rows 2 lanes"], keys: Int[Tensor, "P"], counters: Int[Tensor, "C"]) -> None:
+    for key, own in zip(keys.tolist(), rows, strict=True):
+        for begin in range(0, counters.numel(), _SLICE):
+            pair = box_muller(split_mix(counters[begin : begin + _SLICE], key), rows.dtype)
+            of_slice = own[begin // _LANES : (begin + _SLICE) // _LANES]
+            of_slice[:, 0], of_slice[:, 1] = (values.view(-1, _LANES) for values in pair)
 
 
 @functools.lru_cache(maxsize=2)
@@ -67,27 +77,7 @@ def _counters(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "C"]
     return torch.cat([torch.arange(k << _TENSOR, (k << _TENSOR) + count, device=device) for k, count in enumerate(counts)])
 
 
-def split_mix(counter: Int[Tensor, "C"], key: int) -> Int[Tensor, "C"]:
-    """Output number ``counter`` of SplitMix64 started with ``key``, 64 random bits in an int64.
-
-    Products and sums wrap around, as they do without a sign.
-    """
-    bits = counter * _signed(0x9E3779B97F4A7C15) + _signed(key + 0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        bits = _shifted_xor(bits, shift).mul_(_signed(factor))
-    return _shifted_xor(bits, 31)
-
-
-def _shifted_xor(bits: Int[Tensor, "C"], shift: int) -> Int[Tensor, "C"]:
-    return (bits >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(bits)
-
-
-def _signed(number: int) -> int:
-    """The int64 with the same lower 64 bits."""
-    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def box_muller(bits: Int[Tensor, "C"], dtype: torch.dtype) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"]]:
+def box_muller(bits: Int[Tensor, "*shape"], dtype: torch.dtype) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """Two independent normal numbers from 64 random bits each: ``√(−2 ln u)·(cos θ, sin θ)``.
 
     u comes from the lower half, uniform in (0, 1], of 31 bits, so that its logarithm is finite and the largest number 6.66; θ

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hardy.config import nearest
+from hardy.graphs import may_ask
 from hardy.optim import compiled
 from hardy.optim import vgs as variance
 from hardy.optim.noise import KeyedNormal
@@ -19,7 +20,7 @@ from hardy.optim.settings import OptimizerSettings, VGSSettings
 from hardy.optim.transforms import Step, TensorOptions, chain, clip_by_member_norm, descend, scale, stateless
 from hardy.optim.upgd import UPGDState, perturb, upgd
 from hardy.parallel import pool
-from hardy.population import MemberGenerators, leaves, nested, training_state
+from hardy.population import MemberGenerators, leaves, nested, per_member, training_state
 
 FIXED_NOISE_WARNING = (
     "adaptive_noise=False with VGS on: VGS scales the update but not noise of fixed sigma, so the noise-to-signal ratio grows "
@@ -104,7 +105,7 @@ class PopulationOptimizer:
         gradients: Mapping[str, Tensor],
         state: OptimizerState,
         hyper: Mapping[str, Float[Tensor, "P"]],
-        noise: MemberGenerators,
+        noise: MemberGenerators | Int[Tensor, "P"],
         active: Bool[Tensor, "P"],
     ) -> dict[str, Float[Tensor, "P"]]:
         """Update parameters and state in place; a parameter without a gradient is left alone, its state too.
@@ -114,7 +115,7 @@ class PopulationOptimizer:
             gradients: raw gradients of the loss summed over P, ``[P, ...]`` each.
             state: from `init`.
             hyper: dotted path of each tunable number to ``[P]``, schedules already multiplied in.
-            noise: the members' generators; a member with ``sigma`` 0 draws nothing.
+            noise: the members' generators, of which a member with ``sigma`` 0 draws nothing, or keys drawn already.
             active: members to update. The others keep parameters and state bit for bit and draw nothing, whatever their
                 gradient holds; only the contributions recorded by `observe_microbatch` are discarded for all.
 
@@ -134,13 +135,14 @@ class PopulationOptimizer:
             raise KeyError(f"hyper lacks {missing}")
         numbers = self._hyper_columns(hyper)
         draw = active & (hyper["optimizer.sigma"] > 0)
+        keys = (lambda: noise) if isinstance(noise, Tensor) else (lambda: noise.keys(draw))
         step = Step(
             names,
             [parameters[name].detach() for name in names],
             [gradients[name] for name in names],
             numbers,
             self.options if len(names) == len(self.names) else [self.options[self.names.index(name)] for name in names],
-            KeyedNormal(lambda: noise.keys(draw)),
+            KeyedNormal(keys),
             self._columns(names, state),
         )
         measuring = None
@@ -174,11 +176,17 @@ class PopulationOptimizer:
 @contextmanager
 def _preserved(members: Bool[Tensor, "P"], weights: Sequence[Tensor], state: OptimizerState) -> Iterator[None]:
     """Put these members' rows of weights and state back afterwards, bit for bit."""
+    tensors = [*weights, *(leaf.tensor for leaf in leaves(state))]
+    if not may_ask(members):
+        copies = [tensor.clone() for tensor in tensors]
+        yield
+        kept = [torch.where(per_member(members, tensor.ndim), old, tensor) for tensor, old in zip(tensors, copies, strict=True)]
+        torch._foreach_copy_(tensors, kept)
+        return
     rows = members.nonzero().squeeze(1)
     if not rows.numel():
         yield
         return
-    tensors = [*weights, *(leaf.tensor for leaf in leaves(state))]
     saved = [tensor[rows] for tensor in tensors]
     yield
     for tensor, before in zip(tensors, saved, strict=True):

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from hardy.graphs import may_ask
 from hardy.population import per_member
 
 Gating = Literal["global", "local", "none"]
@@ -133,6 +134,17 @@ def tensor_norms(tensors: Sequence[Shaped[Tensor, "P ..."]]) -> Float[Tensor, "P
     return torch.stack([torch.linalg.vector_norm(tensor.reshape(size, -1), dim=1) for tensor in tensors], dim=1).double()
 
 
+@functools.lru_cache(maxsize=64)
+def positions(chosen: tuple[int, ...], device: torch.device) -> Int[Tensor, "K"]:
+    """Some of a step's tensors as an index; made once, since a captured step can bring nothing from the host."""
+    return torch.tensor(chosen, device=device)
+
+
+def pick_columns(matrix: Shaped[Tensor, "P K"], chosen: Sequence[int]) -> Shaped[Tensor, "P G"]:
+    """The columns of some of a step's tensors."""
+    return matrix if len(chosen) == matrix.shape[1] else matrix.index_select(1, positions(tuple(chosen), matrix.device))
+
+
 def clip_by_member_norm(step: Step) -> None:
     """Shrink each member's gradient, all tensors together, to norm ``max_grad_norm`` at most (Pascanu et al. 2013, §3.2)."""
     norm = step.gradient_norms.norm(dim=1, keepdim=True)
@@ -141,7 +153,7 @@ def clip_by_member_norm(step: Step) -> None:
     if limit is None:
         return
     shrink = torch.where(norm > limit, limit / norm, 1.0)
-    if bool((shrink != 1).any()):
+    if not may_ask(shrink) or bool((shrink != 1).any()):
         step.gradients = list(torch._foreach_mul(step.gradients, columns(shrink, step.gradients)))
         step.direction = step.gradients
 
@@ -160,5 +172,5 @@ def descend(step: Step) -> None:
     if step.noise:
         noisy = list(step.noise)
         weights = [step.weights[k] for k in noisy]
-        amount = (-lr * step.noise_coefficient)[:, noisy]
+        amount = pick_columns(-lr * step.noise_coefficient, noisy)
         torch._foreach_addcmul_(weights, list(step.noise.values()), columns(amount, weights))

@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hardy.optim.transforms import Step, Transform, columns, tensor_norms
+from hardy.graphs import may_ask
+from hardy.optim.transforms import Step, Transform, columns, pick_columns, positions, tensor_norms
 from hardy.population import copied, training_state
 
 OptimizerName = Literal["AdaptiveUPGD", "UPGD", "UPGDW"]
@@ -96,7 +97,7 @@ def _gates(step: Step, utilities: list[Tensor], correction: Float[Tensor, "P K"]
     logits: dict[int, Tensor] = {}
     if chosen := by_gating["global"]:
         among = [utilities[k] for k in chosen]
-        eta, inverse = _inverse_scale(among, correction[:, chosen], raw_maximum)
+        eta, inverse = _inverse_scale(among, pick_columns(correction, chosen), raw_maximum)
         logits.update(zip(chosen, torch._foreach_mul(among, columns(-inverse, among)), strict=True))
     else:
         eta = torch.zeros_like(correction[:, 0])
@@ -122,7 +123,7 @@ def _inverse_scale(
         return eta, 1 / (correction * eta[:, None])
     eta = (per_tensor(largest=True) / correction).amax(1)
     used = eta
-    if bool((eta <= 0).any()):
+    if not may_ask(eta) or bool((eta <= 0).any()):
         # Where no utility is positive, the largest magnitude is that of the smallest utility.
         used = torch.where(eta > 0, eta, -(per_tensor(largest=False) / correction).amin(1))
     # The inverse must be finite in the utilities' own type: infinity times a utility of 0 is NaN.
@@ -177,27 +178,26 @@ def perturb(step: Step) -> None:
     noise = step.standard_normal([step.weights[k] for k in noisy])
     gated = [k for k in noisy if k in step.gates]
     step.noise = dict(zip(noisy, noise, strict=True))
-    sizes = torch.tensor([weight[0].numel() for weight in step.weights], dtype=torch.float64, device=sigma.device)
+    sizes = positions(tuple(weight[0].numel() for weight in step.weights), sigma.device).double()
     gate_norm = sizes.sqrt().repeat(step.shape[0], 1)
     if gated:
         gates = [step.gates[k] for k in gated]
         torch._foreach_mul_([step.noise[k] for k in gated], gates)
-        gate_norm[:, gated] = tensor_norms(gates)
+        gate_norm.index_copy_(1, positions(tuple(gated), gate_norm.device), tensor_norms(gates))
     fixed = torch.where(_mask(step, gated), sigma * step.hyper["step_factor"], sigma)
     adaptive = [k for k, option in enumerate(step.options) if option.adaptive_noise]
     step.noise_coefficient = torch.where(_mask(step, adaptive), sigma * update_norm / gate_norm, fixed)
-    noise_norm = (tensor_norms(noise) * step.noise_coefficient[:, noisy]).norm(dim=1)
+    noise_norm = (tensor_norms(noise) * pick_columns(step.noise_coefficient, noisy)).norm(dim=1)
     step.metrics["upgd/noise_to_signal"] = torch.where(noise_norm > 0, noise_norm / update_norm.norm(dim=1), 0.0)
 
 
 def noisy_tensors(step: Step) -> list[int]:
-    """Positions of the tensors to which some member adds noise."""
-    largest = step.hyper["sigma"].amax(0).tolist()
+    """Positions of the tensors to which some member may add noise; where sigma cannot be looked at, a sigma of 0 adds zeros."""
+    sigma = step.hyper["sigma"]
+    largest = sigma.amax(0).tolist() if may_ask(sigma) else [1.0]
     wanted = [value > 0 for value in largest] * (step.shape[1] // len(largest))
     return [k for k, option in enumerate(step.options) if option.noise and wanted[k]]
 
 
 def _mask(step: Step, chosen: list[int]) -> Tensor:
-    mask = torch.zeros(step.shape[1], dtype=torch.bool, device=step.coefficient.device)
-    mask[chosen] = True
-    return mask
+    return positions(tuple(int(k in chosen) for k in range(step.shape[1])), step.coefficient.device) > 0

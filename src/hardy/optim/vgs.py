@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hardy.graphs import may_ask
 from hardy.optim.settings import Estimator, Scope
 from hardy.optim.transforms import Step, Transform, columns, tensor_norms
 from hardy.optim.validation import require_one_of
@@ -73,20 +74,27 @@ class Scopes:
         labels = ["all" if scope == "global" else name if scope == "tensor" else name.split(".")[0] for name in names]
         self.names = list(dict.fromkeys(labels))
         self.index = torch.tensor([self.names.index(name) for name in labels])
+        self._index_on = {self.index.device: self.index}
+
+    def _index(self, device: torch.device) -> Int[Tensor, "K"]:
+        # Kept: a captured step can bring nothing from the host.
+        if device not in self._index_on:
+            self._index_on[device] = self.index.to(device)
+        return self._index_on[device]
 
     def total(self, matrix: Float[Tensor, "P K"]) -> Float[Tensor, "P S"]:
         """Sum over the tensors of each scope."""
         total = torch.zeros(matrix.shape[0], len(self.names), dtype=matrix.dtype, device=matrix.device)
-        return total.index_add_(1, self.index.to(matrix.device), matrix)
+        return total.index_add_(1, self._index(matrix.device), matrix)
 
     def spread(self, matrix: Float[Tensor, "P S"]) -> Float[Tensor, "P K"]:
         """Give every tensor the entry of its scope."""
-        return matrix[:, self.index.to(matrix.device)]
+        return matrix.index_select(1, self._index(matrix.device))
 
     def steps(self, steps: Int[Tensor, "P K"]) -> Int[Tensor, "P S"]:
         """Updates measured in each scope: those of its most measured tensor."""
         most = torch.zeros(steps.shape[0], len(self.names), dtype=steps.dtype, device=steps.device)
-        return most.scatter_reduce_(1, self.index.to(steps.device).expand_as(steps), steps, "amax")
+        return most.scatter_reduce_(1, self._index(steps.device).expand_as(steps), steps, "amax")
 
 
 def squared_weight_sum(beta: Float[Tensor, "P #K"], count: Int[Tensor, "P K"]) -> Float[Tensor, "P K"]:
@@ -162,7 +170,7 @@ def contributions(state: VGSState) -> Int[Tensor, "P"]:
     Raises:
         RuntimeError: fewer than the two that a variance needs.
     """
-    if bool((state.microbatches < 2).any()):
+    if may_ask(state.microbatches) and bool((state.microbatches < 2).any()):
         seen = int(state.microbatches.min())
         raise RuntimeError(f"estimator='microbatch' needs at least 2 recorded microbatches per update, got {seen}")
     return state.microbatches
