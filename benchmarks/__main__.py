@@ -1,7 +1,8 @@
 """Everything that is measured of Hardy's speed, into ``benchmarks/results/``: what ``make bench`` runs.
 
 All sections of ``hardy bench`` (speed, populations, optimizers, recurrence, environments, scaling, memory) and then training
-beside other libraries (`benchmarks.throughput`); ``bench.json`` holds both, ``bench.md`` and the pictures show the sections.
+beside other libraries (`benchmarks.throughput`) as one section more, ``peers``; ``bench.json`` holds all of it, with what the
+libraries were and why some are missing, ``bench.md`` and the pictures show it.
 
     python -m benchmarks
 """
@@ -9,41 +10,69 @@ beside other libraries (`benchmarks.throughput`); ``bench.json`` holds both, ``b
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import throughput
-from benchmarks.learning import RESULTS
+from benchmarks.peers import HARDY
+from hardy.bench import report
 from hardy.bench.command import Progress, measure
 from hardy.bench.options import ALL
-from hardy.bench.results import save
+from hardy.bench.results import SectionResult, count_threads, measurement, ratio, save
 from hardy.bench.worker import INTERRUPTED
 
-ENVS = (8, 64)
-THREADS, REPEATS, STEPS = 2, 5, 40_000
+SIZES = ((8, 1), (64, 1), (8, 8))
+"""Environments of each agent and agents, as in the section ``throughput``."""
 
 
-def peers() -> dict[str, Any]:
-    """Training beside other libraries, in turns; printed too."""
-    rows = [
-        throughput.compare(num_envs, THREADS, REPEATS, STEPS, quantiles=1, libraries=list(throughput.LIBRARIES))
-        for num_envs in ENVS
-    ]
-    host = throughput.machine()
-    throughput.report(rows, host)
-    return {"machine": host, "rows": rows}
+def peers() -> Iterator[dict[str, Any]]:
+    """Training beside other libraries, in turns, size by size; printed too. Ctrl-C ends it after what is done by then."""
+    for num_envs, population in SIZES:
+        row = throughput.compare(num_envs, population=population, progress=lambda line: print(line, flush=True))
+        print(throughput.report(row), flush=True)
+        yield row
+        if row["interrupted"]:
+            return
+
+
+def section(rows: list[dict[str, Any]]) -> SectionResult:
+    """The comparison as a section: what `hardy bench --compare` and the pictures take."""
+    measurements, ratios = [], []
+    for row in rows:
+        work, speeds = row["work"], {name: found["steps_per_second"] for name, found in row["libraries"].items()}
+        group = f"N = {work['num_envs']}, P = {work['population']}, {count_threads(work['threads'])}"
+        measurements += [measurement(group, name, "steps/s", speed) for name, speed in speeds.items()]
+        ours = speeds.pop(HARDY.name, [])
+        for name, theirs in speeds.items():
+            if pairs := min(len(ours), len(theirs)):  # a library may have failed after a few repeats
+                ratios.append(ratio(f"{HARDY.name} over {name}; {group}", "higher", ours[:pairs], theirs[:pairs]))
+    complete = not rows[-1]["interrupted"]
+    return SectionResult(name="peers", complete=complete, measurements=tuple(measurements), ratios=tuple(ratios))
 
 
 def main() -> None:
     """Measure the sections, then the peers; what is done is saved at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: no worker stays behind
     with Progress() as progress:
-        result, folder, interrupted = measure(ALL, {}, RESULTS, progress.aside(print), progress.say)
+        result, folder, interrupted = measure(ALL, {}, throughput.RESULTS, progress.aside(print), progress.say)
     if interrupted:
         sys.exit(INTERRUPTED)
-    path = save(result.model_copy(update={"peers": peers()}), folder)
+    rows: list[dict[str, Any]] = []
+    for row in peers():
+        rows.append(row)
+        known = {"machine": throughput.machine(), "rows": rows}
+        found = section(rows)
+        sections = (*result.sections, found) if found.measurements else result.sections
+        grown = result.model_copy(update={"sections": sections, "peers": known})
+        path = save(grown, folder)
+        report.write(grown, folder)
     print(f"saved {path}")
+    if rows[-1]["interrupted"]:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from test_cli import Hardy
 
 from hardy.bench import command
 from hardy.bench.options import SECTIONS, Options
-from hardy.bench.results import Part, Result, load, measurement, ratio, save
+from hardy.bench.results import Part, load, measurement, ratio, save
 from hardy.bench.timing import Say
 
 ROOT = Path(__file__).parents[1]
@@ -162,6 +162,17 @@ def test_two_saved_results_are_compared_without_measuring(hardy: Hardy, monkeypa
     assert hardy("bench", "--compare", "new/bench.json", "--new", "old/bench.json").code == 0
 
 
+def test_a_result_of_other_sections_is_refused_before_anything_is_measured(
+    hardy: Hardy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, part("one"))
+    hardy("bench", "optimizer", "--out", "old")
+    asked = pretend(monkeypatch, part("one"))
+    hardy.refuses("bench", "memory", "--compare", "old/bench.json", words=["--compare", "holds optimizer, and not memory"])
+    assert asked == []
+    assert hardy("bench", "--compare", "old/bench.json").code == 0  # all sections: one of them is in both
+
+
 def test_results_without_a_common_ratio_are_refused(hardy: Hardy, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("one", "two"):
         pretend(monkeypatch, part(name))
@@ -259,22 +270,56 @@ def test_ctrl_c_ends_the_section_s_process(monkeypatch: pytest.MonkeyPatch) -> N
 # -------------------------------------------------------------------------------------------------------------- make bench
 
 
-def test_make_bench_saves_the_sections_and_the_peers(tmp_path: Path) -> None:
+def make_bench(folder: Path, interrupted_at: int | None = None) -> subprocess.CompletedProcess[str]:
+    """``python -m benchmarks`` where neither sections nor libraries are run; one of the sizes may be interrupted."""
     script = f"""
 import pathlib
+from unittest.mock import create_autospec
 from benchmarks import __main__ as bench, throughput
 from hardy.bench.machine import describe
 from hardy.bench.results import Result
-bench.RESULTS = pathlib.Path({str(tmp_path)!r})
+throughput.RESULTS = pathlib.Path({str(folder)!r})
 bench.measure = lambda section, given, folder, show, say: (Result(date=section, machine=describe()), folder, False)
-throughput.compare = lambda num_envs, *arguments, **options: {{"num_envs": num_envs}}
-throughput.report = lambda rows, host: None
+sizes = []
+def library(name, *speeds):
+    return {{"version": "1", "weights": 1, "remarks": "", "steps_per_second": speeds, "median": 3, "lowest": 2, "highest": 4}}
+def compare(num_envs, *, population, progress, threads=2):
+    sizes.append((num_envs, population))
+    progress("a line")
+    return {{
+        "work": {{"num_envs": num_envs, "population": population, "threads": threads}},
+        "libraries": {{"hardy": library("hardy", 2.0, 3.0, 4.0), "slow": library("slow", 1.0, 1.0)}},
+        "ratios": {{}},
+        "skipped": {{"missing": "why"}},
+        "interrupted": len(sizes) == {interrupted_at},
+    }}
+throughput.compare = create_autospec(throughput.compare, side_effect=compare)
 bench.main()
 """
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True)
+
+
+def test_make_bench_saves_the_sections_and_the_peers(tmp_path: Path) -> None:
+    ran = make_bench(tmp_path)
+    assert ran.returncode == 0, ran.stderr
     found = load(tmp_path / "bench.json")
     assert found.date == "all"
     assert found.peers is not None
-    assert found.peers["rows"] == [{"num_envs": 8}, {"num_envs": 64}]
-    assert isinstance(found, Result)
+    assert [row["work"] for row in found.peers["rows"]] == [
+        {"num_envs": envs, "population": members, "threads": 2} for envs, members in ((8, 1), (64, 1), (8, 8))
+    ]
+    assert ran.stdout.count("missing         left out: why") == 3
+    (section,) = found.sections
+    assert (section.name, section.complete, len(section.measurements)) == ("peers", True, 6)
+    assert [one.name for one in section.ratios][2:] == ["hardy over slow; N = 8, P = 8, 2 threads"]
+    assert section.ratios[0].repeats == (2.0, 3.0)
+    assert "hardy over slow; N = 64, P = 1, 2 threads" in (tmp_path / "bench.md").read_text()
+    assert (tmp_path / "peers.png").exists()
     assert save(found, tmp_path / "again").read_text() == (tmp_path / "bench.json").read_text()
+
+
+def test_an_interrupted_make_bench_keeps_the_peers_it_has(tmp_path: Path) -> None:
+    ran = make_bench(tmp_path, interrupted_at=2)
+    assert ran.returncode == 130, ran.stderr
+    (section,) = load(tmp_path / "bench.json").sections
+    assert (section.complete, len(section.ratios)) == (False, 2)

@@ -75,6 +75,16 @@ def test_a_file_whose_summary_is_not_that_of_its_repeats_is_refused(tmp_path: Pa
         load(path)
 
 
+@pytest.mark.parametrize("number", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_ratio_by_which_nothing_can_be_divided_is_refused(tmp_path: Path, number: float) -> None:
+    document = result_of(ratio_of("a", 2.0)).model_dump(mode="json")
+    found = document["sections"][0]["ratios"][0]
+    found |= {"repeats": [number], "median": number, "low": number, "high": number}
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"bench\.json: sections\.0\.ratios\.0\.median"):
+        load(tmp_path / "bench.json")
+
+
 def test_a_name_that_stands_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="ratios: a name stands twice"):
         result_of(ratio_of("a", 1.0), ratio_of("a", 2.0))

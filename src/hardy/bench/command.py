@@ -63,6 +63,8 @@ def run(
         assert old is not None
         return _compare(load(old), load(new), show)
     before = None if old is None else load(old)
+    if before is not None and not is_plain:
+        _require_shared(before, section, given)
     try:
         with Progress() as progress:
             aside = progress.aside(show)
@@ -159,6 +161,13 @@ def _compare(old: Result, new: Result, show: Show) -> int:
     for line in report.comparison_lines(comparison):
         show(line)
     return FAILED if comparison.regressions else 0
+
+
+def _require_shared(old: Result, section: str, given: Mapping[str, Any]) -> None:
+    """Refuse to measure for minutes what could not be compared in the end."""
+    chosen, known = choose(section, given)[0], [found.name for found in old.sections]
+    if not set(chosen) & set(known):
+        raise ConfigError([f"--compare: the result of {old.date} holds {', '.join(known) or 'no section'}, and not {section}"])
 
 
 def _refuse_beside_new(section: str, given: Mapping[str, Any], old: Path | None, out: Path | None, is_plain: bool) -> None:

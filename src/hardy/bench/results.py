@@ -53,6 +53,7 @@ class Measurement(Repeated):
 class Ratio(Repeated):
     """A number without unit, such as one speed over another: what can be compared between runs and machines."""
 
+    median: float = Field(gt=0, allow_inf_nan=False)
     better: Better
 
 
