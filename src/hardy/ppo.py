@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hardy.adversary import AdversarySettings, harm, noise_shape, perturb
 from hardy.config import Settings, tunable
-from hardy.graphs import CapturedCalls
+from hardy.minibatch import CapturedMinibatch, Progress
 from hardy.nn.distributions import ActionDistribution
 from hardy.ops.categorical import follow_
 from hardy.ops.policy_loss import approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
@@ -31,7 +31,6 @@ Attacker = Callable[["Batch"], Tensor]
 """The sequences of a batch to attacked observations."""
 CAPTURED = ("cuda",)
 """Types of devices on which a minibatch is a captured function."""
-HYPER = "hyper."
 KL_TOLERANCE = 1.5
 """A member stops its update once its KL exceeds this many times the target, as in Stable-Baselines3."""
 
@@ -227,7 +226,7 @@ class PPO:
         self.objective = objective
         self.adversary = adversary
         self.microbatches = microbatches
-        self._captured: _CapturedMinibatch | None = None
+        self._captured: tuple[OptimizerState, CapturedMinibatch] | None = None
 
     def update(
         self,
@@ -253,7 +252,7 @@ class PPO:
             whole = make_batch(rollout, hyper, normalize=normalize, objective=self.objective, draws=draws)
         members, _, envs = whole.valid.shape
         captured = self._captured_on(whole.obs, hyper, state)
-        progress = _Progress(members, whole.obs)
+        progress = Progress(members, whole.obs)
         if captured is not None:
             progress = captured.begin_(generators["noise"], self.settings.n_epochs * self.settings.n_minibatches)
         split: dict[str, Tensor] = {}
@@ -262,7 +261,7 @@ class PPO:
                 shuffled = whole.environments(generators["shuffle"].permutations(envs, progress.running).to(whole.obs.device))
             for part in _split(shuffled, self.settings.n_minibatches):
                 if captured is not None:
-                    captured(part, hyper)
+                    captured(vars(part), hyper)
                     continue
                 attack = self._attacker(hyper, bounds, generators["attack"], progress.running)
                 gradients, metrics = self._gradients(part, hyper, state, attack)
@@ -288,7 +287,7 @@ class PPO:
         hyper: Hyper,
         state: OptimizerState,
         noise: MemberGenerators | Int[Tensor, "P"],
-        progress: _Progress,
+        progress: Progress,
     ) -> None:
         """Step the members that have not reached their target, as far as their gradients are finite."""
         running = progress.running & self._within_target(metrics["train/approx_kl"])
@@ -299,13 +298,20 @@ class PPO:
         with phase("metrics"):
             progress.add_({**metrics, **stepped}, running, finite)
 
-    def _captured_on(self, like: Tensor, hyper: Hyper, state: OptimizerState) -> _CapturedMinibatch | None:
+    def _captured_on(self, like: Tensor, hyper: Hyper, state: OptimizerState) -> CapturedMinibatch | None:
         """A whole minibatch as one captured function, on devices that gain from it; an adversary's draws no graph can hold."""
         if like.device.type not in CAPTURED or bool((hyper["adversary.epsilon"] > 0).any()):
             return None
-        if self._captured is None or self._captured.state is not state:
-            self._captured = _CapturedMinibatch(self, state, like)
-        return self._captured
+        if self._captured is None or self._captured[0] is not state:
+            self._captured = state, CapturedMinibatch(functools.partial(self._train_on, state), like)
+        return self._captured[1]
+
+    def _train_on(
+        self, state: OptimizerState, batch: Mapping[str, Tensor], hyper: Hyper, keys: Int[Tensor, "P"], progress: Progress
+    ) -> None:
+        """What is captured: a minibatch by the names of `Batch`."""
+        gradients, metrics = self._gradients(Batch(**batch), hyper, state)
+        self._apply(gradients, metrics, hyper, state, keys, progress)
 
     def _follow_returns(self, rollout: Rollout, hyper: Hyper) -> None:
         support = self.policy.values.support
@@ -392,73 +398,3 @@ def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tens
 def _finite(gradients: Mapping[str, Tensor]) -> Bool[Tensor, "P"]:
     """Members all of whose gradients are finite, and their squares too: norms and second moments are made of those."""
     return torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients.values()]).sum(0).isfinite()
-
-
-class _Progress:
-    """Which members still train in this update, and the mean of each metric over the minibatches that each trained on.
-
-    Its tensors keep their addresses, through `begin_` too.
-    """
-
-    def __init__(self, members: int, like: Tensor) -> None:
-        self.running = like.new_ones(members, dtype=torch.bool)
-        self.sums: dict[str, Tensor] = {}
-        self.count = like.new_zeros(members)
-        self.skipped = like.new_zeros(members)
-
-    def begin_(self) -> _Progress:
-        """Back to the begin of an update."""
-        self.running.fill_(True)
-        for total in (*self.sums.values(), self.count, self.skipped):
-            total.zero_()
-        return self
-
-    def add_(self, metrics: Mapping[str, Tensor], running: Bool[Tensor, "P"], finite: Bool[Tensor, "P"]) -> None:
-        """One minibatch, on which the members trained that were ``running`` and whose gradients were ``finite``."""
-        trained = running & finite
-        self.running.copy_(running)
-        self.skipped += (running & ~finite).to(self.skipped.dtype)
-        self.count += trained.to(self.count.dtype)
-        for name, value in metrics.items():
-            seen = torch.where(trained, value, torch.zeros_like(value))
-            if name in self.sums:
-                self.sums[name] += seen
-            else:
-                self.sums[name] = seen
-
-    def mean(self) -> dict[str, Any]:
-        return {
-            name: torch.where(self.count > 0, total / self.count.clamp(min=1), torch.full_like(total, torch.nan))
-            for name, total in self.sums.items()
-        }
-
-
-class _CapturedMinibatch:
-    """Loss, gradients and step of one minibatch as one captured function, which goes on with one and the same state.
-
-    The keys of the optimizer's noise are drawn for a whole update and every member: which of them train in a minibatch is known
-    on the device only.
-    """
-
-    def __init__(self, ppo: PPO, state: OptimizerState, like: Tensor) -> None:
-        self.state = state
-        self.progress = _Progress(like.shape[0], like)
-        self._keys: Iterator[Tensor] = iter(())
-
-        def train_on(given: Mapping[str, Tensor]) -> None:
-            batch = Batch(**{field.name: given[field.name] for field in dataclasses.fields(Batch)})
-            hyper = {name.removeprefix(HYPER): value for name, value in given.items() if name.startswith(HYPER)}
-            gradients, metrics = ppo._gradients(batch, hyper, state)
-            ppo._apply(gradients, metrics, hyper, state, given["keys"], self.progress)
-
-        self._calls = CapturedCalls(train_on, like.device)
-
-    def begin_(self, noise: MemberGenerators, minibatches: int) -> _Progress:
-        """Prepare for the minibatches of an update."""
-        keys = torch.stack([noise.keys() for _ in range(minibatches)])
-        self._keys = iter(keys.to(self.progress.running.device))
-        return self.progress.begin_()
-
-    def __call__(self, batch: Batch, hyper: Hyper) -> None:
-        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
-        self._calls({**fields, **{HYPER + name: value for name, value in hyper.items()}, "keys": next(self._keys)})
