@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ class FirstRatios(PPO):
         """As PPO's."""
         with torch.no_grad():
             log_prob = self.policy(rollout.obs, rollout.initial_state, rollout.is_first)[0].log_prob(rollout.action)
-        ratio = (log_prob - rollout.log_prob).exp()
-        self.largest = max(self.largest, float((ratio - 1).abs().max()))
+        away = (log_prob - rollout.log_prob).expm1().abs()[rollout.valid].max()
+        self.largest = max(self.largest, float(away.nan_to_num(nan=math.inf)))  # max() would pass over NaN
         return super().update(rollout, *rest, **options)
 
 

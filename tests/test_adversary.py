@@ -13,6 +13,7 @@ from small_runs import EVERYTHING, assert_nan_stays_with_its_member, assert_same
 
 import hardy.adversary as adversary
 import hardy.ppo as ppo
+from benchmarks.together import FirstRatios
 from hardy.adversary import ATTACKS, NORMS, AdversarySettings, Attack, harm, noise_shape, perturb
 from hardy.config import ConfigError
 from hardy.nn.distributions import Categorical, DiagonalGaussian
@@ -283,6 +284,22 @@ def test_clean_and_attacked_sequences_carry_their_own_state_from_the_stored_one(
     torch.testing.assert_close(parts["adversary/robust_kl"], member_sum(divergence, batch.valid) / steps)
 
 
+def test_the_attack_of_the_training_starts_from_the_stored_state_of_its_sequences(monkeypatch) -> None:
+    run, batch, _ = prepared(adversary={"epsilon": 0.2, "steps": 3})
+    everybody = torch.ones(2, dtype=torch.bool)
+    attack = run.ppo._attacker(run.state.hyper, run.observation_bounds(), run.state.generators["attack"], everybody)
+    seen, forward = [], run.policy.forward
+    monkeypatch.setattr(run.policy, "forward", lambda *args: (seen.append(args), forward(*args))[1])
+    found = attack(batch)
+    assert len(seen) == 1 + 3  # the clean response, then a gradient at each step
+    for _, state, is_first in seen:
+        assert torch.equal(state, batch.initial_state)
+        assert torch.equal(is_first, batch.is_first)
+    assert batch.initial_state.abs().max() > 0
+    assert torch.equal(seen[0][0], batch.obs)
+    assert 0 < (found - batch.obs).abs().max() <= 0.2 + 1e-12
+
+
 def test_the_adversarial_ratio_is_a_share_of_the_sequences_and_zero_keeps_the_surrogate_clean() -> None:
     run, batch, steps = prepared(3)
     hyper = {**run.state.hyper, "adversary.epsilon": torch.ones(3, dtype=torch.float64)}
@@ -503,6 +520,18 @@ def test_training_against_the_adversary_makes_the_policy_change_less_under_attac
     for _ in range(6):
         metrics = run.iterate(LONG)
     assert metrics["adversary/robust_kl"][1] < 0.3 * metrics["adversary/robust_kl"][0]
+
+
+def test_the_benchmark_of_all_parts_sees_a_first_ratio_that_is_not_one_and_one_that_is_no_number(monkeypatch) -> None:
+    monkeypatch.setattr(ppo.PPO, "update", lambda *_, **__: {})
+    run = trainer(tiny(), [1, 2])
+    run.ppo.__class__ = FirstRatios
+    rollout = run._collect()
+    for added, expected in ((0.0, 0.0), (0.5, np.expm1(0.5)), (torch.nan, torch.inf)):
+        changed = rollout.log_prob.clone()
+        changed[1, 2, 3] -= added
+        run.ppo.update(dataclasses.replace(rollout, log_prob=changed))
+        assert run.ppo.largest == pytest.approx(expected, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation
