@@ -67,6 +67,13 @@ def test_the_table_leaves_out_warm_up_and_trace(tmp_path: Path, hands: Hands) ->
     assert numbers(profile.table())["loss"] == (1.0, "100.0%")
 
 
+def test_a_trace_of_an_earlier_run_is_not_told_of(tmp_path: Path, hands: Hands) -> None:
+    (tmp_path / "trace.json").write_text("{}")
+    with Profile(tmp_path / "trace.json", "cpu") as profile, profile.iteration():
+        hands.now += 0.001
+    assert not any("trace" in line for line in profile.table())
+
+
 def test_a_phase_ends_with_an_exception(tmp_path: Path, hands: Hands) -> None:
     def fail() -> None:
         with phase("loss"):
@@ -127,5 +134,7 @@ def test_a_profiled_run_tells_where_its_time_went(tmp_path: Path) -> None:
 def test_a_run_too_short_for_a_table_says_so(tmp_path: Path) -> None:
     train(make_settings(tmp_path, WARM_UP + 1, profile=True))
     assert f"profile: no table after {WARM_UP + 1} iterations; {FIRST_COUNTED + 1} are the least" in "\n".join(LINES)
-    assert (tmp_path / "job-seed0" / "trace.json").exists()  # of the one iteration that there was
+    trace = tmp_path / "job-seed0" / "trace.json"
+    assert any(line.startswith(f"trace of 1 iteration: {trace};") for line in LINES)
+    assert trace.exists()
     assert profiling.phase("loss") is profiling.phase("forward")  # nothing is measured any more

@@ -158,6 +158,8 @@ class Profile:
             lines.append(
                 f"profile: no table after {self._begun} iterations; {least} are the least, since the first do not count"
             )
-        if self.path.exists():
-            lines.append(f"trace of {TRACED} iterations: {self.path}; open it at https://ui.perfetto.dev or chrome://tracing")
+        traced = min(self._begun - WARM_UP, TRACED)
+        if traced > 0:
+            what = f"{traced} iteration{'' if traced == 1 else 's'}"
+            lines.append(f"trace of {what}: {self.path}; open it at https://ui.perfetto.dev or chrome://tracing")
         return lines
