@@ -99,6 +99,7 @@ def test_by_default_all_attacks_are_tried_and_the_strongest_is_named(folder, mon
     ("arguments", "words"),
     [
         (("--attack", "pdg"), "--attack pdg: must be one of fgsm, pgd, sgld, random, critic (did you mean 'pgd'?)"),
+        (("--epsilon", "0.1", "--epsilon", "inf"), "--epsilon inf: must be a finite number >= 0"),
         (("--norm", "linff"), "--norm linff: must be one of linf, l2 (did you mean 'linf'?)"),
     ],
 )

@@ -16,6 +16,7 @@ import hardy.ppo as ppo
 from hardy.config import ConfigError, settings_from_dict
 from hardy.ops.categorical import MARGIN, MIN_WIDTH, SHRINK, atoms, follow_, project
 from hardy.ops.critic import Critic, CriticSettings
+from hardy.ops.distortion import cvar_distortion, distorted_mean
 from hardy.ops.quantiles import expected_value, quantile_huber_loss, quantile_midpoints
 
 LONG = 1000
@@ -30,9 +31,9 @@ def bimodal(level: np.ndarray) -> np.ndarray:
 # Name: quantile function, and the errors stated for it: of the quantile critic's 32 quantiles (largest, the outer two of heavy
 # tails aside), of the categorical critic's mean, and of its distribution function at any atom.
 KNOWN = {
-    "gaussian": (stats.norm.ppf, 0.05, 0.01, 0.01),
-    "bimodal": (bimodal, 0.3, 0.01, 0.01),  # the two quantiles in the gap, where there is hardly any probability
-    "heavy-tailed": (lambda level: stats.t.ppf(level, 3), 0.1, 0.02, 0.01),
+    "gaussian": (stats.norm.ppf, 0.02, 0.01, 0.01),
+    "bimodal": (bimodal, 0.02, 0.01, 0.01),
+    "heavy-tailed": (lambda level: stats.t.ppf(level, 3), 0.02, 0.02, 0.01),
     "deterministic": (lambda level: np.full_like(level, 0.7), 0.01, 0.01, 0.01),
 }
 
@@ -61,8 +62,16 @@ def test_twin_quantile_critics_recover_a_known_distribution(name: str) -> None:
     found = critic.distribution(outputs)
     inner = slice(1, -1) if name == "heavy-tailed" else slice(None)
     torch.testing.assert_close(found.locations[..., inner], expected[inner].expand(2, 1, -1), rtol=0, atol=error)
+    torch.testing.assert_close(found.locations, expected.expand(2, 1, -1), rtol=0, atol=0.1)
     torch.testing.assert_close(found.probabilities.sum(-1), torch.ones(2, 1, dtype=torch.float64))
-    torch.testing.assert_close(critic.mean(outputs), expected.mean().expand(2, 1), rtol=0, atol=0.05)
+    torch.testing.assert_close(critic.mean(outputs), expected.mean().expand(2, 1), rtol=0, atol=0.01)
+    for alpha in (0.05, 0.25):  # of the fitted distribution and of the exact quantiles
+        tail = cvar_distortion(torch.full((2,), alpha, dtype=torch.float64))
+        fitted_tail, exact = (
+            distorted_mean(locations, found.probabilities, tail)
+            for locations in (found.locations, expected.expand_as(found.locations))
+        )
+        torch.testing.assert_close(fitted_tail, exact, rtol=0, atol=0.06)
     assert torch.equal(critic.samples(outputs), found.locations)
 
 

@@ -378,6 +378,25 @@ def test_cvar_is_logged_for_starts_of_episodes_only_and_nan_without_any() -> Non
     assert before.gt(0).all()
 
 
+def test_cvar_reads_the_distribution_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps start an episode; members that ask for different steps get what each would get alone, bit for bit."""
+    objective = trainer(tiny(critic={"quantiles": 4, "twin": True}), [1, 2]).ppo.objective
+    outputs, hyper = torch.randn(2, 6, 5, 8, dtype=torch.float64), {"risk.cvar_alpha": of(0.3, 0.6)}
+    everywhere = cvar(outputs.unflatten(-1, (2, 4)).sort(-1).values.mean(-2), hyper["risk.cvar_alpha"])
+    where = torch.zeros(2, 6, 5, dtype=torch.bool)
+    where[0, 0, 2], where[1, 3, :3] = True, True
+    sizes, distribution = [], objective.critic.distribution
+    monkeypatch.setattr(
+        objective.critic, "distribution", lambda part: (sizes.append(part.shape[1:-1].numel()), distribution(part))[1]
+    )
+    found = objective.cvar(outputs, where, hyper)
+    assert sizes == [4]
+    torch.testing.assert_close(found, torch.stack([everywhere[0, 0, 2], everywhere[1, 3, :3].mean()]))
+    for p in range(2):
+        alone = {"risk.cvar_alpha": hyper["risk.cvar_alpha"][p : p + 1]}
+        assert torch.equal(found[p : p + 1], objective.cvar(outputs[p : p + 1], where[p : p + 1], alone))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -127,10 +127,11 @@ def attack(
     ]
     if norm not in NORMS:
         problems.append(f"--norm {norm}: must be one of {', '.join(NORMS)}{nearest(norm, NORMS)}")
+    radii = [*dict.fromkeys(epsilon or EPSILONS)]
+    problems += [f"--epsilon {radius}: must be a finite number >= 0" for radius in radii if not math.isfinite(radius)]
     if problems:
         raise ConfigError(problems)
     methods = [Attack(name, cast(Norm, norm), steps) for name in chosen]
-    radii = [*dict.fromkeys(epsilon or EPSILONS)]
     results = run.attack(_existing(folder), methods, radii, episodes, seed, _with_threads(None, threads))
     if as_json:
         _say((folder / "attack.json").read_text(encoding="utf-8").rstrip())

@@ -227,7 +227,7 @@ def evaluate(folder: Path, episodes: int | None, seed: int | None, overrides: Se
     return summarise(trainer.evaluate(episodes or chosen.episodes, deterministic=chosen.deterministic, seed=seed)[member])
 
 
-def _restored(folder: Path, overrides: Sequence[str]) -> tuple[Trainer, int]:
+def _restored(folder: Path, overrides: Sequence[str] = ()) -> tuple[Trainer, int]:
     """The newest usable checkpoint of a run, and of a population the member that scored best last."""
     path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
     # An agent acts on any machine, also where the device that it was trained on is missing.

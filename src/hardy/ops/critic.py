@@ -151,7 +151,7 @@ class Critic:
         return quantile_huber_loss(apart, spread, self.settings.huber_threshold)
 
     def _apart(self, outputs: Tensor) -> Tensor:
-        return outputs.reshape(*outputs.shape[:-1], self.heads, -1)
+        return outputs.unflatten(-1, (self.heads, -1))
 
     def _atoms(self, ndim: int) -> Tensor:
         assert self.support is not None

@@ -142,8 +142,10 @@ class Objective:
         self, outputs: Float[Tensor, "P T E K"], where: Bool[Tensor, "P T E"], hyper: Mapping[str, Tensor]
     ) -> Float[Tensor, "P"]:
         """Mean CVaR at the chosen steps, in units of the scaled return; NaN for a member that has none there."""
-        state = self.critic.distribution(outputs)
-        found = distorted_mean(state.locations, state.probabilities, cvar_distortion(hyper["risk.cvar_alpha"]))
+        asked = where.any(0)  # by any member: a small part, where they are starts of episodes
+        state = self.critic.distribution(outputs[:, asked])
+        found = outputs.new_zeros(where.shape)
+        found[:, asked] = distorted_mean(state.locations, state.probabilities, cvar_distortion(hyper["risk.cvar_alpha"]))
         return torch.where(where.flatten(1).any(1), member_mean(found, where), torch.nan)
 
     def adapt_(
