@@ -151,7 +151,8 @@ class Critic:
         return quantile_huber_loss(apart, spread, self.settings.huber_threshold)
 
     def _apart(self, outputs: Tensor) -> Tensor:
-        return outputs.unflatten(-1, (self.heads, -1))
+        apart: Tensor = outputs.unflatten(-1, (self.heads, -1))
+        return apart
 
     def _atoms(self, ndim: int) -> Tensor:
         assert self.support is not None
