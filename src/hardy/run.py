@@ -201,11 +201,8 @@ def _as_saved(checkpoint: Path) -> tuple[RunSettings, str]:
 def _with_environments(settings: RunSettings, before: RunSettings, ran_on: str) -> RunSettings:
     """The settings with the kind of environments whose state the checkpoint holds, whatever the device is now."""
     backend = before.env.backend_on(ran_on)
-    if (
-        settings.env.backend != "auto"
-        or settings.env.id != before.env.id
-        or settings.env.backend_on(settings.device) == backend
-    ):
+    same_task = settings.env.id == before.env.id
+    if not same_task or settings.env.backend != "auto" or settings.env.backend_on(settings.device) == backend:
         return settings
     return settings.model_copy(update={"env": settings.env.model_copy(update={"backend": backend})})
 
@@ -229,10 +226,9 @@ def evaluate(folder: Path, episodes: int | None, seed: int | None, overrides: Se
 
 def _restored(folder: Path, overrides: Sequence[str] = ()) -> tuple[Trainer, int]:
     """The newest usable checkpoint of a run, and of a population the member that scored best last."""
-    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
     # An agent acts on any machine, also where the device that it was trained on is missing.
-    device = [] if torch.cuda.is_available() else ["device=cpu"]
-    settings = load_settings(RunSettings, folder / CONFIG, [*device, *overrides])
+    settings = load_settings(RunSettings, folder / CONFIG, [*([] if torch.cuda.is_available() else ["device=cpu"]), *overrides])
+    path = latest_checkpoint(folder / CHECKPOINTS, on_skip=lambda error: warnings.warn(f"skipped {error}", stacklevel=3))
     settings = _with_environments(settings, *_as_saved(path))
     trainer = make_trainer(settings)
     trainer.restore(path)

@@ -29,7 +29,7 @@ from hardy.parallel import available_cores
 
 FAILED = 1
 PLAIN_SECONDS = 10.0
-PATIENCE = 5.0
+PATIENCE = 20.0
 """Seconds that an interrupted section has to end by itself."""
 Show = Callable[[str], None]
 
