@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -49,6 +50,8 @@ def _tell(line: dict[str, Any]) -> None:
 
 def main(task: str, given: str) -> None:
     """Do one task."""
+    # A shell's background job ignores interrupts, and so do its children; but this one is ended by an interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if task == "section":
         section(SectionTask.model_validate_json(given))
     elif task == "training":
