@@ -549,6 +549,7 @@ def test_an_attacked_evaluation_sees_the_state_of_each_step_and_changes_nothing(
     monkeypatch.setattr(
         run.policy, "step_outputs", lambda obs, state, first: (stepped.append((obs, state, first)), step(obs, state, first))[1]
     )
+    monkeypatch.setattr(run.policy, "stepper", lambda members, envs: run.policy.step_outputs)
     returns = attacked_returns(run, Attack("fgsm", "linf", 3), 0.2, 4)
     assert returns.shape == (1, 4)
     assert_same(snapshot(run.state), before)

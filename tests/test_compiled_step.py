@@ -1,4 +1,4 @@
-"""The compiled step of a policy against PyTorch's operations: every instruction set, odd sizes, any number of threads."""
+"""The compiled and the packed step of a policy against its layers: every instruction set, odd sizes, any number of threads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from gymnasium.spaces import Box, Discrete
 from small_runs import shake_, tiny, trainer
 
 from hardy.nn import compiled_step
+from hardy.nn.packed_step import PackedStep
 from hardy.parallel import set_threads
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings
 from hardy.rollout import collect
 
 P, E, O = 3, 7, 5  # noqa: E741
-LEVELS = (0, 1, 2)
+LEVELS = ("packed", 0, 1, 2) if compiled_step.available() else ("packed",)
 
 
 @pytest.fixture(autouse=True)
@@ -60,61 +61,92 @@ def test_what_it_cannot_do_is_left_to_pytorch(settings):
 def test_it_is_for_float32_and_can_be_switched_off(monkeypatch):
     policy = policy_of()
     assert isinstance(policy.stepper(P, E), compiled_step.CompiledStep) == compiled_step.available()
-    assert policy_of().double().stepper(P, E).__name__ == "step_outputs"
+    assert isinstance(policy_of().double().stepper(P, E), PackedStep)
     monkeypatch.setenv("HARDY_COMPILED", "0")
     assert not compiled_step.available()
-    assert policy.stepper(P, E) == policy.step_outputs
+    assert isinstance(policy.stepper(P, E), PackedStep)
+
+
+@pytest.fixture(params=LEVELS, ids=str)
+def level(request, monkeypatch):
+    """Packed weights and PyTorch's operations, and every instruction set of the library."""
+    if request.param == "packed":
+        monkeypatch.setenv("HARDY_COMPILED", "0")
+    else:
+        monkeypatch.setattr(compiled_step.CompiledStep, "level", request.param)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantiles": 1},
+        {"twin": True, "head": (3,), "shared_memory": False},
+        {"memory": "none", "encoder": ()},
+        {"memory": "none", "head": (3, 19), "activation": "relu"},
+        {"encoder": (), "memory_size": 1, "activation": "silu"},
+        {"memory_layers": 2, "encoder": (17, 65), "activation": "elu", "head": (5,)},
+        {"shared_memory": False, "memory_layers": 2, "memory_size": 33, "activation": "silu", "head": (9,)},
+        {"shared_memory": False, "memory": "none", "quantiles": 67},
+        {"memory_size": 128, "encoder": (128,), "quantiles": 1},
+    ],
+    ids=str,
+)
+def test_steps_equal_those_of_the_layers(settings):
+    policy = policy_of(**settings)
+    step = policy.stepper(P, E)
+    obs, state, is_first = draw(policy)
+    for _ in range(3):
+        found = step(obs, state, is_first)
+        with torch.no_grad():
+            wanted = policy.step_outputs(obs, state, is_first)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        state, (obs, _, is_first) = wanted[2], draw(policy)
+
+
+@pytest.mark.usefixtures("level")
+def test_a_later_step_leaves_the_results_of_an_earlier_one_alone():
+    policy = policy_of()
+    step = policy.stepper(P, E)
+    first = step(*draw(policy))
+    kept = [tensor.clone() for tensor in first]
+    others = step(*draw(policy))
+    for tensor, copy, other in zip(first, kept, others, strict=True):
+        assert torch.equal(tensor, copy)
+        assert not torch.equal(tensor, other)
+
+
+@pytest.mark.usefixtures("level")
+def test_weights_are_those_of_the_moment_it_was_made():
+    policy = policy_of()
+    arguments = draw(policy)
+    step = policy.stepper(P, E)
+    before = step(*arguments)
+    shake_(policy)
+    assert all(torch.equal(one, other) for one, other in zip(step(*arguments), before, strict=True))
+    assert not torch.equal(policy.stepper(P, E)(*arguments)[1], before[1])
+
+
+@pytest.mark.usefixtures("level")
+def test_nan_stays_in_its_row_and_ends_with_a_reset():
+    policy = policy_of(activation="relu", head=(13,))
+    step = policy.stepper(P, E)
+    obs, state, is_first = draw(policy)
+    clean = step(obs, state, torch.zeros_like(is_first))
+    spoiled = obs.clone()
+    spoiled[1, 4, 2] = torch.nan
+    outputs = step(spoiled, state, torch.zeros_like(is_first))
+    for found, wanted in zip(outputs, clean, strict=True):
+        assert found[1, 4].isnan().all()
+        found[1, 4] = wanted[1, 4]
+        assert torch.equal(found, wanted)
+    state[2, 3] = torch.nan
+    is_first.zero_()[2, 3] = True
+    assert all(found.isfinite().all() for found in step(obs, state, is_first))
 
 
 if compiled_step.available():
-
-    @pytest.mark.parametrize("level", LEVELS)
-    @pytest.mark.parametrize(
-        "settings",
-        [
-            {"quantiles": 1},
-            {"twin": True, "head": (3,), "shared_memory": False},
-            {"memory": "none", "encoder": ()},
-            {"memory": "none", "head": (3, 19), "activation": "relu"},
-            {"encoder": (), "memory_size": 1, "activation": "silu"},
-            {"memory_layers": 2, "encoder": (17, 65), "activation": "elu", "head": (5,)},
-            {"shared_memory": False, "memory_layers": 2, "memory_size": 33, "activation": "silu", "head": (9,)},
-            {"shared_memory": False, "memory": "none", "quantiles": 67},
-            {"memory_size": 128, "encoder": (128,), "quantiles": 1},
-        ],
-        ids=str,
-    )
-    def test_steps_equal_those_of_pytorch(level, settings, monkeypatch):
-        monkeypatch.setattr(compiled_step.CompiledStep, "level", level)
-        policy = policy_of(**settings)
-        step = policy.stepper(P, E)
-        obs, state, is_first = draw(policy)
-        for _ in range(3):
-            found = step(obs, state, is_first)
-            with torch.no_grad():
-                wanted = policy.step_outputs(obs, state, is_first)
-            for one, other in zip(found, wanted, strict=True):
-                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-            state, (obs, _, is_first) = wanted[2], draw(policy)
-
-    def test_a_later_step_leaves_the_results_of_an_earlier_one_alone():
-        policy = policy_of()
-        step = policy.stepper(P, E)
-        first = step(*draw(policy))
-        kept = [tensor.clone() for tensor in first]
-        others = step(*draw(policy))
-        for tensor, copy, other in zip(first, kept, others, strict=True):
-            assert torch.equal(tensor, copy)
-            assert not torch.equal(tensor, other)
-
-    def test_weights_are_those_of_the_moment_it_was_made():
-        policy = policy_of()
-        arguments = draw(policy)
-        step = policy.stepper(P, E)
-        before = step(*arguments)
-        shake_(policy)
-        assert all(torch.equal(one, other) for one, other in zip(step(*arguments), before, strict=True))
-        assert not torch.equal(policy.stepper(P, E)(*arguments)[1], before[1])
 
     @pytest.mark.parametrize("members", [1, 2, P])
     def test_threads_and_the_number_of_environments_do_not_change_the_values(members):
@@ -151,6 +183,7 @@ import os, signal, sys, torch
 sys.path.insert(0, "tests")
 import test_compiled_step as here
 from hardy.nn import compiled_step
+from hardy.nn.packed_step import PackedStep
 compiled_step.SMALLEST_PART = 1
 here.set_threads(2)
 policy = here.policy_of()
@@ -166,24 +199,6 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-
-    @pytest.mark.parametrize("level", LEVELS)
-    def test_nan_stays_in_its_row_and_ends_with_a_reset(level, monkeypatch):
-        monkeypatch.setattr(compiled_step.CompiledStep, "level", level)
-        policy = policy_of(activation="relu", head=(13,))
-        step = policy.stepper(P, E)
-        obs, state, is_first = draw(policy)
-        clean = step(obs, state, torch.zeros_like(is_first))
-        spoiled = obs.clone()
-        spoiled[1, 4, 2] = torch.nan
-        outputs = step(spoiled, state, torch.zeros_like(is_first))
-        for found, wanted in zip(outputs, clean, strict=True):
-            assert found[1, 4].isnan().all()
-            found[1, 4] = wanted[1, 4]
-            assert torch.equal(found, wanted)
-        state[2, 3] = torch.nan
-        is_first.zero_()[2, 3] = True
-        assert all(found.isfinite().all() for found in step(obs, state, is_first))
 
     @pytest.mark.parametrize("wrong", ["envs", "state", "is_first", "dtype"])
     def test_what_does_not_fit_is_refused(wrong):

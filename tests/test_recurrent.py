@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from replay import captured_on_the_cpu
 from hardy.graphs import Captured
 from hardy.nn import compiled, recurrent, stepped
 from hardy.nn.recurrent import StackedRecurrent
-from hardy.nn.rows import plan_rows
+from hardy.nn.reset_steps import lay_out
 from hardy.parallel import pool, set_threads
 
 KINDS = ("lstm", "gru")
@@ -112,30 +113,49 @@ def test_a_sequence_equals_a_plain_loop_of_steps(kind, dtype, data):
 @given(st.data())
 def test_a_plan_takes_every_step_once_and_in_order(data):
     steps, envs = data.draw(st.integers(1, 41)), data.draw(st.integers(1, 7))
-    starts = np.random.default_rng(data.draw(st.integers(0, 999))).random((steps, envs)) < data.draw(
-        st.sampled_from([0, 0.03, 0.3, 1])
-    )
-    low = data.draw(st.integers(0, envs - 1))
-    high = data.draw(st.integers(low + 1, envs))
-    taken = []
-    for group in plan_rows(starts, low, high, torch.device("cpu")):
-        grid = group.gather.view(group.length, group.rows)
-        kept = torch.ones(grid.numel(), dtype=torch.bool)
-        if group.kept is not None:
-            kept = torch.zeros(grid.numel(), dtype=torch.bool).index_fill(0, group.kept, True)
-        assert torch.equal(grid.flatten()[kept], group.target)
-        for row, real in zip(grid.T, kept.view_as(grid).T, strict=True):
-            index = row[real]
-            taken += index.tolist()
-            t, e = index // envs, index % envs
-            assert torch.equal(t, torch.arange(int(t[0]), int(t[0]) + len(t)))
-            assert (e == e[0]).all()
-            assert not starts[t[1:].numpy(), int(e[0])].any()
-        for row, env in zip(group.continues.tolist(), group.env.tolist(), strict=True):
-            assert int(grid[0, row]) == env
-            assert not starts[0, env]
-    everything = [t * envs + e for t in range(steps) for e in range(low, high)]
-    assert sorted(taken) == everything
+    chance = data.draw(st.sampled_from([0, 0.03, 0.3, 1]))
+    starts = np.random.default_rng(data.draw(st.integers(0, 999))).random((steps, envs)) < chance
+    rows = lay_out(starts, torch.device("cpu"))
+    inputs = 1 + torch.rand(steps, envs, 3)
+    spread = rows.spread(inputs)
+    assert torch.equal(rows.take(spread[..., :3]), inputs)
+    assert torch.equal(rows.put(inputs), spread[..., :3])
+    constant, reset = spread[..., 3] > 0, spread[..., 4] > 0
+    assert torch.equal(constant, spread[..., 0] > 0)
+    assert torch.equal(constant, ~reset)
+    for e in range(envs):
+        # One reset step in front of every start but the first step's, and nothing but reset steps after the last step.
+        wanted = [flag for begins in starts[1:, e] for flag in ([True, False] if begins else [False])]
+        assert reset[: len(wanted) + 1, e].tolist() == [False, *wanted]
+        assert reset[len(wanted) + 1 :, e].all()
+    longest = steps + int(starts[1:].sum(0).max())
+    assert rows.length == 8 * math.ceil(longest / 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reset_leaves_nothing_behind(kind):
+    """Neither large weights nor a large state are felt across it, nor anything that is not finite."""
+    module = make(kind, 2, 5, 7, 2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1e4)
+    x, state = torch.randn(2, 9, 3, 5), torch.randn(2, 3, module.state_size)
+    is_first = torch.zeros(2, 9, 3, dtype=torch.bool)
+    is_first[:, 4] = True
+    alone = module(x[:, 4:], state, is_first[:, 4:])
+    for spoil in (1.0, torch.nan, torch.inf):
+        for spoiled_x, spoiled_state in ((spoil, 1.0), (1.0, spoil)):
+            before = x.clone()
+            before[1, 2, 1] *= spoiled_x
+            memory = state.clone()
+            memory[1, 1] *= spoiled_state
+            found = module(before, memory, is_first)
+            assert torch.equal(found[:, 4:], alone)
+            if math.isnan(spoil):
+                begin = 2 if math.isnan(spoiled_x) else 0
+                assert found[1, begin:4, 1].isnan().all()
+                assert found[1, :begin, 1].isfinite().all()
+                assert found[0].isfinite().all()
 
 
 def test_members_do_not_see_one_another():

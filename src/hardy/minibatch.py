@@ -27,36 +27,40 @@ class Progress:
 
     def __init__(self, members: int, like: Tensor) -> None:
         self.running = like.new_ones(members, dtype=torch.bool)
-        self.sums: dict[str, Tensor] = {}
+        self.names: tuple[str, ...] = ()
+        self.sums = like.new_zeros(0, members)
+        """``[names, P]``"""
         self.count = like.new_zeros(members)
         self.skipped = like.new_zeros(members)
 
     def begin_(self) -> Progress:
         """Back to the begin of an update."""
         self.running.fill_(True)
-        for total in (*self.sums.values(), self.count, self.skipped):
+        for total in (self.sums, self.count, self.skipped):
             total.zero_()
         return self
 
     def add_(self, metrics: Mapping[str, Tensor], running: Bool[Tensor, "P"], finite: Bool[Tensor, "P"]) -> None:
-        """One minibatch, on which the members trained that were ``running`` and whose gradients were ``finite``."""
+        """One minibatch, on which the members trained that were ``running`` and whose gradients were ``finite``.
+
+        Args:
+            metrics: ``[P]`` each; one that is not there counts as 0.
+        """
         trained = running & finite
         self.running.copy_(running)
         self.skipped += (running & ~finite).to(self.skipped.dtype)
         self.count += trained.to(self.count.dtype)
-        for name, value in metrics.items():
-            seen = torch.where(trained, value, torch.zeros_like(value))
-            if name in self.sums:
-                self.sums[name] += seen
-            else:
-                self.sums[name] = seen
+        if new := tuple(name for name in metrics if name not in self.names):
+            self.names += new
+            self.sums = torch.cat([self.sums, self.sums.new_zeros(len(new), len(trained))])
+        # All of them at once: each by itself would be three small operations a metric.
+        nothing = torch.zeros_like(self.count)
+        self.sums += torch.stack([metrics.get(name, nothing) for name in self.names]).where(trained, 0.0)
 
     def mean(self) -> dict[str, Float[Tensor, "P"]]:
         """Of each metric; NaN where a member trained on nothing."""
-        return {
-            name: torch.where(self.count > 0, total / self.count.clamp(min=1), torch.full_like(total, torch.nan))
-            for name, total in self.sums.items()
-        }
+        means = (self.sums / self.count.clamp(min=1)).where(self.count > 0, torch.nan)
+        return dict(zip(self.names, means.unbind(), strict=True))
 
 
 class CapturedMinibatch:

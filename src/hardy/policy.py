@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from hardy.config import Settings
 from hardy.nn import compiled_step
+from hardy.nn.compiled_step import CompiledStep
 from hardy.nn.distributions import ActionDistribution, action_noise, distribution_head_size, make_distribution
 from hardy.nn.linear import Activation, StackedLinear, StackedMLP
+from hardy.nn.packed_step import OBSERVATION, PackedStep
 from hardy.nn.recurrent import StackedRecurrent
 from hardy.ops.categorical import FIRST_SUPPORT
 from hardy.ops.critic import Critic, CriticSettings
@@ -177,13 +179,14 @@ class ActorCritic(nn.Module):
     def stepper(self, members: int, envs: int) -> Callable[[Tensor, Tensor, Tensor], StepOutputs]:
         """`step_outputs` for many steps with the weights of this moment, without gradients; compiled where that is possible."""
         settings = self.settings
-        plain = settings.memory in ("none", "lstm") and not settings.layer_norm
-        if not (plain and compiled_step.available() and self.dtype is torch.float32 and self.device.type == "cpu"):
+        if settings.memory == "gru" or settings.layer_norm:
             return self.step_outputs
-        step = compiled_step.CompiledStep(members, envs, self.state_size, pool().threads)
+        step: CompiledStep | PackedStep = PackedStep()
+        if compiled_step.available() and self.dtype is torch.float32 and self.device.type == "cpu":
+            step = CompiledStep(members, envs, self.state_size, pool().threads)
         features, state_at = [], 0
         for trunk in self._own_trunks:
-            layer = step.add_mlp(compiled_step.OBSERVATION, trunk.encoder)
+            layer = step.add_mlp(OBSERVATION, trunk.encoder)
             features.append(layer if trunk.memory is None else step.add_lstm(layer, trunk.memory, state_at))
             state_at += trunk.state_size
         branches = [(self.actor, features[0]), (self.critic, features[-1])]

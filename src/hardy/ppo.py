@@ -397,4 +397,4 @@ def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _finite(gradients: Mapping[str, Tensor]) -> Bool[Tensor, "P"]:
     """Members all of whose gradients are finite, and their squares too: norms and second moments are made of those."""
-    return torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients.values()]).sum(0).isfinite()
+    return member_norm(list(gradients.values())).square().isfinite()

@@ -1,8 +1,9 @@
 """The LSTM over whole sequences in a small compiled library, for float32 on the CPU.
 
-The library (`_recurrence.cpp`) is built when Hardy is installed, if there is a C++ compiler that can. It runs the rows of
-`hardy.nn.rows` side by side without padding, one call for all members and threads, forward or backward, and releases the
-interpreter lock. Without it, or with ``HARDY_COMPILED=0`` in the environment, PyTorch's kernels give the same results.
+The library (`_recurrence.cpp`) is built when Hardy is installed, if there is a C++ compiler that can. It cuts the sequences at
+their episode starts and runs the pieces side by side without padding, one call for all members and threads, forward or
+backward, and releases the interpreter lock. Without it, or with ``HARDY_COMPILED=0`` in the environment, PyTorch's kernels
+give the same results.
 """
 
 from __future__ import annotations

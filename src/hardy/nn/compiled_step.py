@@ -1,7 +1,7 @@
 """One time step of a policy (linear layers and LSTM cells) in the compiled library, for float32 on the CPU, without gradients.
 
 A rollout takes many small steps with the same weights: they are packed once, and a step is one call instead of some thirty.
-PyTorch's operations give the same results to rounding (see `hardy.nn.compiled` for where the library comes from).
+`hardy.nn.packed_step` gives the same results to rounding (see `hardy.nn.compiled` for where the library comes from).
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from hardy.nn.recurrent import StackedRecurrent
 VERSION = 1
 """Of `_Layer` and `_Network`; a library built from sources of another version is not used."""
 KINDS = {kind: number for number, kind in enumerate(("linear", "tanh", "relu", "elu", "silu", "lstm"))}
-OBSERVATION = -1
-"""Stands for the layer below the first."""
 SMALLEST_PART = 2_000_000
 """Multiplications of a step below which they are not worth a thread (measured)."""
 WIDEST = 64

@@ -1,9 +1,9 @@
 """Stacked LSTM and GRU with exact resets inside a sequence.
 
 One step (`StackedRecurrent.step`) runs the whole population on the stacked axis. On a CUDA device so does a sequence
-(`StackedRecurrent.forward`), step by step (see `hardy.nn.stepped`). On the CPU it runs as rows (see `hardy.nn.rows`), members
-and parts of the environments in threads: the LSTM in float32 through Hardy's compiled library where there is one (see
-`hardy.nn.compiled`), everything else through PyTorch's fused kernels.
+(`StackedRecurrent.forward`), step by step (see `hardy.nn.stepped`). On the CPU members and parts of the environments run in
+threads: the LSTM in float32 through Hardy's compiled library where there is one (see `hardy.nn.compiled`), everything else
+through PyTorch's fused kernels (see `hardy.nn.reset_steps`).
 
 The recurrent state of one environment is one vector of ``state_size`` numbers: the hidden vectors of all layers, then,
 for the LSTM, the cell vectors. Zero is the initial state.
@@ -11,9 +11,10 @@ for the LSTM, the cell vectors. Zero is the initial state.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,11 +22,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hardy.nn import compiled, stepped
-from hardy.nn.rows import RowGroup, plan_rows
+from hardy.nn.reset_steps import GATES, Rows, input_weights, lay_out
 from hardy.parallel import WorkerPool, pool
 
 CellKind = Literal["lstm", "gru"]
-GATES: dict[str, int] = {"lstm": 4, "gru": 3}
 STEPPED = ("cuda",)
 """Types of devices on which a sequence runs step by step."""
 WORTH_THREADS = 200_000_000
@@ -142,35 +142,33 @@ class StackedRecurrent(nn.Module):
         return output
 
     def _forward_by_torch(self, inputs: Tensor, state: Tensor, is_first: Tensor, weights: list[Tensor]) -> Tensor:
+        spoiled = _spoiled(inputs, state, is_first)
+        if spoiled is not None:
+            inputs, state = torch.nan_to_num(inputs, posinf=0, neginf=0), torch.nan_to_num(state, posinf=0, neginf=0)
         work = is_first[0].numel() * sum(weight.numel() for weight in weights)
         workers = pool() if work >= WORTH_THREADS else WorkerPool(1)
         tasks = _plan_tasks(is_first, workers.threads, inputs.device)
-        if torch.is_grad_enabled() and (inputs.requires_grad or any(weight.requires_grad for weight in weights)):
-            output: Tensor = _RowsFunction.apply(  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-                self._run_group, workers, tasks, inputs.contiguous(), state.detach(), *weights
-            )
-            return output
-        flat = inputs.detach().flatten(1, 2)
-        output = inputs.new_empty(flat.shape[0], flat.shape[1], self.hidden_size)
+        parts = state.detach().masked_fill(is_first[:, 0].unsqueeze(-1), 0.0).split(self.hidden_size, dim=-1)
+        output = inputs
+        for layer in range(self.layers):
+            initial = torch.stack(parts[layer :: self.layers], dim=1)
+            given = (self.kind, workers, tasks, output, initial, *self.layer_weights(layer))
+            output = _FusedLayer.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return output if spoiled is None else output.masked_fill(spoiled.unsqueeze(-1), torch.nan)
 
-        def run(index: int) -> None:
-            member, group = tasks[index]
-            with torch.no_grad():
-                rows, initial = _gather(group, flat[member], state[member])
-                _scatter(group, self._run_group(rows, initial, [weight[member] for weight in weights]), output[member])
 
-        workers.map(run, len(tasks))
-        return output.view(*inputs.shape[:3], self.hidden_size)
-
-    def _run_group(
-        self, rows: Float[Tensor, "L B I"], initial: Float[Tensor, "B S"], weights: Sequence[Tensor]
-    ) -> Float[Tensor, "L B H"]:
-        states = initial.unflatten(1, (-1, self.hidden_size)).transpose(0, 1).contiguous()
-        arguments: tuple[Any, ...] = (list(weights), True, self.layers, 0.0, True, False, False)
-        if self.kind == "lstm":
-            hidden, cell = states.split(self.layers)
-            return torch.lstm(rows, (hidden, cell), *arguments)[0]
-        return torch.gru(rows, states, *arguments)[0]
+def _spoiled(
+    inputs: Float[Tensor, "P T E I"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
+) -> Bool[Tensor, "P T E"] | None:
+    """Steps whose episode saw something not finite before or then, if there are any: 0 times that would not be a reset."""
+    if bool(inputs.sum().isfinite()) and bool(state.sum().isfinite()):
+        return None
+    bad, spoiled = ~inputs.isfinite().all(-1), ~state.isfinite().all(-1)
+    steps = []
+    for now, begins in zip(bad.unbind(1), is_first.unbind(1), strict=True):
+        spoiled = now | (spoiled & ~begins)
+        steps.append(spoiled)
+    return torch.stack(steps, dim=1)
 
 
 def _lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,85 +187,89 @@ def _gru_cell(from_input: Tensor, from_hidden: Tensor, hidden: Tensor) -> Tensor
     return torch.lerp(new, hidden, torch.sigmoid(input_update + hidden_update))
 
 
-Task = tuple[int, RowGroup]
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """Some environments of one member."""
+
+    member: int
+    envs: slice
+    rows: Rows
 
 
-def _plan_tasks(is_first: Tensor, threads: int, device: torch.device) -> list[Task]:
-    """One task per member and group of rows, of each part of the environments; longest first, so that threads end together."""
+def _plan_tasks(is_first: Bool[Tensor, "P T E"], threads: int, device: torch.device) -> list[_Task]:
+    """One task for each member and part of the environments."""
     members, _, envs = is_first.shape
     starts = is_first.cpu().numpy()
     parts = min(envs, max(1, math.ceil(threads / members)))
     bounds = [envs * part // parts for part in range(parts + 1)]
-    tasks = [
-        (member, group)
+    return [
+        _Task(member, slice(low, high), lay_out(starts[member, :, low:high], device))
         for member in range(members)
         for low, high in itertools.pairwise(bounds)
-        for group in plan_rows(starts[member], low, high, device)
     ]
-    return sorted(tasks, key=lambda task: -task[1].length * task[1].rows)
 
 
-def _gather(group: RowGroup, flat: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    rows = flat.index_select(0, group.gather).view(group.length, group.rows, flat.shape[1])
-    initial = state.new_zeros(group.rows, state.shape[1])
-    if len(group.env):
-        initial.index_copy_(0, group.continues, state.index_select(0, group.env))
-    return rows, initial
+def _kernel(kind: str, rows: Tensor, initial: Tensor, weights: list[Tensor]) -> Tensor:
+    """One layer over ``rows [L, E, I]`` from ``initial [1 or 2, E, H]``, the hidden and for the LSTM the cell vectors."""
+    arguments = (weights, True, 1, 0.0, True, False, False)
+    if kind == "lstm":
+        hidden, cell = initial.unsqueeze(1)
+        return torch.lstm(rows, (hidden, cell), *arguments)[0]
+    return torch.gru(rows, initial, *arguments)[0]
 
 
-def _scatter(group: RowGroup, rows: Tensor, flat: Tensor) -> None:
-    values = rows.flatten(0, 1)
-    flat.index_copy_(0, group.target, values if group.kept is None else values.index_select(0, group.kept))
-
-
-class _RowsFunction(torch.autograd.Function):
-    """Runs the groups of rows in threads, forward and backward; each keeps a graph of its own in between."""
+class _FusedLayer(torch.autograd.Function):
+    """One layer, its tasks in threads, forward and backward; each keeps a graph of its own in between."""
 
     @staticmethod
     def forward(
-        ctx: Any, run_group: Callable[..., Tensor], workers: WorkerPool, tasks: list[Task], inputs: Tensor, state: Tensor,
-        *weights: Tensor,
+        ctx: Any, kind: CellKind, workers: WorkerPool, tasks: list[_Task], inputs: Tensor, initial: Tensor, weight_ih: Tensor,
+        weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor,
     ) -> Tensor:  # fmt: skip
-        flat = inputs.flatten(1, 2)
-        leaves = [[weight[member].detach().requires_grad_() for weight in weights] for member in range(inputs.shape[0])]
+        wanted = any(ctx.needs_input_grad)
+        leaves = [
+            [
+                tensor.detach().requires_grad_(wanted)
+                for tensor in (input_weights(kind, *own[:2]), own[2], torch.zeros_like(own[1]), own[3])
+            ]
+            for own in zip(weight_ih, bias_ih, weight_hh, bias_hh, strict=True)
+        ]
+        output = inputs.new_empty(*inputs.shape[:3], weight_hh.shape[-1])
 
         def run(index: int) -> tuple[Tensor, Tensor]:
-            member, group = tasks[index]
-            rows, initial = _gather(group, flat[member], state[member])
-            with torch.enable_grad():
-                rows.requires_grad_()
-                return rows, run_group(rows, initial, leaves[member])
+            task = tasks[index]
+            rows = task.rows.spread(inputs[task.member, :, task.envs]).requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                hidden = _kernel(kind, rows, initial[task.member, :, task.envs].contiguous(), leaves[task.member])
+            output[task.member, :, task.envs] = task.rows.take(hidden.detach())
+            return rows, hidden
 
-        ctx.graphs = workers.map(run, len(tasks))
-        ctx.leaves = leaves
-        ctx.tasks = tasks
-        ctx.workers = workers
-        ctx.shape = inputs.shape
-        output = inputs.new_empty(flat.shape[0], flat.shape[1], ctx.graphs[0][1].shape[-1])
-        for (member, group), (_, rows) in zip(tasks, ctx.graphs, strict=True):
-            _scatter(group, rows.detach(), output[member])
-        return output.view(*inputs.shape[:3], output.shape[-1])
+        graphs = workers.map(run, len(tasks))
+        if wanted:
+            ctx.graphs, ctx.leaves, ctx.tasks, ctx.workers = graphs, leaves, tasks, workers
+            ctx.shape = inputs.shape
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_flat = grad_outputs[0].contiguous().flatten(1, 2)
-        grad_inputs = grad_flat.new_empty(*grad_flat.shape[:2], ctx.shape[-1])
+        (grad_output,) = grad_outputs
+        grad_inputs = grad_output.new_empty(ctx.shape)
+        size = ctx.shape[-1]
 
-        def run(index: int) -> tuple[Tensor, ...]:
-            member, group = ctx.tasks[index]
-            rows, output = ctx.graphs[index]
-            grad = grad_flat[member].index_select(0, group.target)
-            if group.kept is not None:
-                grad = grad.new_zeros(group.length * group.rows, grad.shape[1]).index_copy_(0, group.kept, grad)
-            grads = torch.autograd.grad(output, [rows, *ctx.leaves[member]], grad.view_as(output))
-            _scatter(group, grads[0], grad_inputs[member])
-            return grads[1:]
+        def run(index: int) -> list[Tensor]:
+            task, (rows, hidden) = ctx.tasks[index], ctx.graphs[index]
+            grad = task.rows.put(grad_output[task.member, :, task.envs])
+            grads = torch.autograd.grad(hidden, [rows, *ctx.leaves[task.member]], grad)
+            grad_inputs[task.member, :, task.envs] = task.rows.take(grads[0])[..., :size]
+            return [grads[1][:, :size], grads[2], grads[1][:, size], grads[4]]
 
         per_task = ctx.workers.map(run, len(ctx.tasks))
-        grad_weights = [weight.new_zeros(len(ctx.leaves), *weight.shape) for weight in ctx.leaves[0]]
-        for (member, _), grads in zip(ctx.tasks, per_task, strict=True):
-            for total, grad in zip(grad_weights, grads, strict=True):
-                total[member] += grad
+        by_member: list[list[Tensor]] = [[] for _ in ctx.leaves]
+        for task, grads in zip(ctx.tasks, per_task, strict=True):
+            if by_member[task.member]:
+                torch._foreach_add_(by_member[task.member], grads)
+            else:
+                by_member[task.member] = grads
         del ctx.graphs
-        return (None, None, None, grad_inputs.unflatten(1, ctx.shape[1:3]), None, *grad_weights)
+        return (None, None, None, grad_inputs, None, *(torch.stack(grads) for grads in zip(*by_member, strict=True)))

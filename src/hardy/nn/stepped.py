@@ -1,10 +1,10 @@
 """A recurrence over whole sequences step by step, the whole population in each: what runs on a CUDA device.
 
-Rows (`hardy.nn.rows`) are planned by the host from the episode starts, and each member's groups of rows are calls of their own.
-So they wait for the device, no graph can hold them, and P members with G groups are P·G sequences of calls. Here a mask
-resets the state, and every step is one batched matrix product for all members and one pointwise kernel, whatever P and the
+What PyTorch's fused kernels run (`hardy.nn.reset_steps`) is planned by the host from the episode starts, and each member is a
+call of its own. So it waits for the device, no graph can hold it, and P members are P sequences of calls. Here a mask resets
+the state, and every step is one batched matrix product for all members and one pointwise kernel, whatever P and the
 episodes: about 4 T kernels forward and 5 T backward, which a captured graph repeats without Python. Each takes a microsecond or
-two at least, so a small population is bound by T; a large one by the products, as it would be in rows.
+two at least, so a small population is bound by T; a large one by the products.
 
 G is the 4 H gates, in PyTorch's order: input, forget, candidate, output.
 """

@@ -20,7 +20,7 @@ from hardy.splitmix import split_mix
 
 _LANES = 16
 """Counters side by side; each gives two numbers, so that 32 successive places belong together."""
-_SLICE = 1 << 16
+_SLICE = 1 << 17
 """Counters worked on at once, so that they stay in a cache."""
 _TENSOR = 40
 """Bits of the counter below those that number the tensor."""

@@ -176,16 +176,16 @@ class PopulationOptimizer:
 @contextmanager
 def _preserved(members: Bool[Tensor, "P"], weights: Sequence[Tensor], state: OptimizerState) -> Iterator[None]:
     """Put these members' rows of weights and state back afterwards, bit for bit."""
+    rows = members.nonzero().squeeze(1) if may_ask(members) else None
+    if rows is not None and not rows.numel():
+        yield
+        return
     tensors = [*weights, *(leaf.tensor for leaf in leaves(state))]
-    if not may_ask(members):
+    if rows is None:
         copies = [tensor.clone() for tensor in tensors]
         yield
         kept = [torch.where(per_member(members, tensor.ndim), old, tensor) for tensor, old in zip(tensors, copies, strict=True)]
         torch._foreach_copy_(tensors, kept)
-        return
-    rows = members.nonzero().squeeze(1)
-    if not rows.numel():
-        yield
         return
     saved = [tensor[rows] for tensor in tensors]
     yield

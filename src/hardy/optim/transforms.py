@@ -166,8 +166,9 @@ def scale(step: Step) -> None:
 def descend(step: Step) -> None:
     """Move the weights in place: ``w ← (1 − lr·decay)·w − lr·(update + noise)``, the decay only where it is decoupled."""
     lr = step.hyper["lr"]
-    if "decoupled_decay" in step.hyper:
-        torch._foreach_mul_(step.weights, columns(1 - lr * step.hyper["decoupled_decay"], step.weights))
+    decay = step.hyper.get("decoupled_decay")
+    if decay is not None and (not may_ask(decay) or bool((decay != 0).any())):
+        torch._foreach_mul_(step.weights, columns(1 - lr * decay, step.weights))
     torch._foreach_addcmul_(step.weights, step.direction, columns(-lr * step.coefficient, step.weights))
     if step.noise:
         noisy = list(step.noise)
