@@ -131,6 +131,8 @@ def test_starts_are_distributed_as_the_task_says_over_rows_and_over_episodes(tas
         assert (np.abs(np.corrcoef(varying) - np.eye(len(varying))) < 0.08).all()
         assert (state[len(varying) :] == 0).all()
         assert len(np.unique(state[0])) == 4000
+        fractions = [(entry - low) / (high - low) for entry, (low, high) in zip(state, STARTS[task.batched], strict=False)]
+        assert len(np.unique(np.round(fractions, 12))) == varying.size, "no number serves two entries or episodes"
     successive = np.array([row[0] for row in rows])  # [episode, row]
     assert np.abs(np.corrcoef(successive[:-1, 0], successive[1:, 0])[0, 1]) < 0.15
 
