@@ -20,9 +20,10 @@ from hardy.config import ConfigError, dump_settings, load_settings, nearest
 from hardy.console import print_error
 from hardy.envs import list_envs
 from hardy.evolution import PopulationLostError
+from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 from hardy.settings import RunSettings
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+FAILED, USER_ERROR = 1, 2
 EPSILONS = (0.05, 0.1, 0.2)
 """Radii of `hardy attack` where none is given."""
 app = typer.Typer(
@@ -257,6 +258,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     Console(stderr=True, highlight=False).print(f"warning: {message}", soft_wrap=True, markup=False)
 
 
+@sigterm_as_ctrl_c()
 def main() -> None:
     """Entry point: a mistake of the user ends with one message and exit status 2, without a traceback."""
     warnings.showwarning = _show_warning
