@@ -21,6 +21,7 @@ from hardy.console import print_error
 from hardy.envs import list_envs
 from hardy.evolution import PopulationLostError
 from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
+from hardy.parallel import MOST_THREADS
 from hardy.settings import RunSettings
 
 FAILED, USER_ERROR = 1, 2
@@ -228,10 +229,16 @@ def bench(
 
 
 def _with_threads(overrides: list[str] | None, threads: int | None) -> list[str]:
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError([f"--threads {threads}: must be a whole number from 1 to {MOST_THREADS}"])
     return [*(overrides or []), *([] if threads is None else [f"threads={threads}"])]
 
 
 def _existing(folder: Path) -> Path:
+    if folder.is_file():
+        around = next((parent for parent in folder.parents if (parent / run.CONFIG).is_file()), None)
+        near = "" if around is None else f" (did you mean '{around}'?)"
+        raise ConfigError([f"{folder}: is a file; the folder of a run is needed{near}"])
     if not folder.is_dir():
         parent = folder.parent
         runs = sorted(path.name for path in parent.iterdir() if (path / run.CONFIG).exists()) if parent.is_dir() else []
