@@ -46,7 +46,7 @@ def fields(rollout):
     return here(vars(rollout))
 
 
-@pytest.mark.parametrize("task", ["CartPole-v1", "PendulumNoVel-v1", "MountainCarContinuous-v0"])
+@pytest.mark.parametrize("task", ["CartPole-v1", "PendulumNoVel-v1", "MountainCarNoVel-v0", "MountainCarContinuous-v0"])
 @pytest.mark.parametrize(("memory", "shared"), [("lstm", True), ("gru", False), ("none", True)])
 def test_rollouts_are_those_of_the_ordinary_way(task, memory, shared, device):
     """Truncations, terminations (the shaken policy drops its pole) and running episodes, over the border of rollouts too."""

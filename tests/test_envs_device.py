@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hardy.envs import DriftSettings, EnvSettings, TensorEnv, make
-from hardy.envs.classic import CartPole, MountainCarContinuous, Pendulum
+from hardy.envs.classic import CartPole, MountainCar, MountainCarContinuous, Pendulum
 from hardy.envs.tasks import TASKS
 from hardy.splitmix import split_mix, uniform
 
@@ -20,6 +20,7 @@ TENSOR_TASKS = [task for task in TASKS.values() if task.tensors is not None]
 BOUNDS = {
     CartPole: ((-2.6, 2.6), (-3, 3), (-0.25, 0.25), (-3, 3)),
     Pendulum: ((-20, 20), (-8, 8)),
+    MountainCar: ((-1.2, 0.6), (-0.07, 0.07)),
     MountainCarContinuous: ((-1.2, 0.6), (-0.07, 0.07)),
 }
 
@@ -110,6 +111,7 @@ def test_a_whole_episode_equals_that_of_the_arrays(task, device):
 STARTS = {
     CartPole: [(-0.05, 0.05)] * 4,
     Pendulum: [(-np.pi, np.pi), (-1.0, 1.0)],
+    MountainCar: [(-0.6, -0.4)],
     MountainCarContinuous: [(-0.6, -0.4)],
 }
 
