@@ -86,6 +86,17 @@ def test_every_step_equals_that_of_the_arrays_in_double_precision(task, data):
     np.testing.assert_array_equal(after[0]["elapsed"], after[1]["elapsed"])
 
 
+@pytest.mark.parametrize("task_id", ["MountainCar-v0", "MountainCarContinuous-v0"])
+def test_a_car_stops_at_the_left_wall_and_arrives_only_with_speed_forward(task_id, device):
+    goal = TASKS[task_id].batched.goal
+    arrays, tensors = twins(task_id, 3, np.array([[-1.19, goal + 0.02, goal - 0.02], [-0.07, -0.005, 0.05]]), device=device)
+    actions = np.ones(3, dtype=np.int64) if task_id == "MountainCar-v0" else np.zeros((3, 1), dtype=np.float32)
+    one, other = arrays.step(actions), tensors.step(actions)
+    assert other.terminated.tolist() == [False, False, True]
+    np.testing.assert_array_equal(other.obs[0], np.array([-1.2, 0.0], dtype=np.float32))
+    np.testing.assert_array_equal(one.reward, other.reward)
+
+
 @pytest.mark.parametrize("task", TENSOR_TASKS, ids=lambda task: task.id)
 def test_a_whole_episode_equals_that_of_the_arrays(task, device):
     start = np.random.default_rng(3).uniform(-0.04, 0.04, (task.batched.state_size, 4))
