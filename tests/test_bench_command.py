@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from rich.console import Console
@@ -269,6 +270,15 @@ def test_ctrl_c_ends_the_section_s_process(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyboardInterrupt):
         list(command._parts("environments", Options(seconds=600.0), interrupt))
     assert [process.returncode for process in started] == [130]
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), subprocess.TimeoutExpired("section", 1.0)])
+def test_a_second_ctrl_c_ends_the_section_s_process_by_force_and_so_does_time(reason: BaseException) -> None:
+    process = create_autospec(subprocess.Popen, instance=True)
+    process.wait.side_effect = reason
+    command._stop(process)
+    process.terminate.assert_called_once_with()
+    process.kill.assert_called_once_with()
 
 
 def wait_for(found: Callable[[], object]) -> None:
