@@ -10,7 +10,6 @@ libraries were and why some are missing, ``bench.md`` and the pictures show it.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +20,7 @@ from hardy.bench import report
 from hardy.bench.command import Progress, measure
 from hardy.bench.options import ALL
 from hardy.bench.results import SectionResult, count_threads, measurement, ratio, save
-from hardy.bench.worker import INTERRUPTED
+from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
 SIZES = ((8, 1), (64, 1), (8, 8))
 """Environments of each agent and agents, as in the section ``throughput``."""
@@ -52,11 +51,11 @@ def section(rows: list[dict[str, Any]]) -> SectionResult:
     return SectionResult(name="peers", complete=complete, measurements=tuple(measurements), ratios=tuple(ratios))
 
 
+@sigterm_as_ctrl_c()
 def main() -> None:
     """Measure the sections, then the peers; what is done is saved at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: no worker stays behind
     with Progress() as progress:
         result, folder, interrupted = measure(ALL, {}, throughput.RESULTS, progress.aside(print), progress.say)
     if interrupted:

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import platform
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -27,10 +26,9 @@ from typing import Any
 
 from benchmarks.peers import HARDY, LEFT_OUT, LIBRARIES, PEERS, ROOT, Library, SkippedError, interpreter
 from benchmarks.processes import CommandError, call
+from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
 RESULTS = Path(__file__).parent / "results"
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,10 +258,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@sigterm_as_ctrl_c()
 def main() -> None:
     """Read the arguments, measure, print and save."""
     given = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: no worker stays behind
     host = machine()
     path = RESULTS / f"{Path(given.out).stem}.json"
     path.parent.mkdir(exist_ok=True)

@@ -367,6 +367,18 @@ def test_epsilon_is_in_deviations_and_the_bounds_are_those_of_the_observation_sp
     assert free.observation_bounds()[0].shape == (1, 4)
 
 
+def test_the_bounds_of_observations_are_found_only_where_some_member_is_attacked(monkeypatch) -> None:
+    """Epsilon may become positive in a run, of one member alone, as where PBT tunes it."""
+    run = trainer(tiny(adversary={"ramp": 0.0}), [1, 2])
+    calls, real = [], run.observation_bounds
+    monkeypatch.setattr(run, "observation_bounds", lambda: (calls.append(0), real())[1])
+    run.iterate(LONG)
+    assert not calls
+    run.state.hyper["adversary.epsilon"][1] = 0.1
+    assert run.iterate(LONG)["adversary/epsilon"].tolist() == pytest.approx([0.0, 0.1])
+    assert len(calls) == 1
+
+
 # ------------------------------------------------------------------------------------------------------ the gradient scaler
 
 SETTINGS = {"adversary": {"epsilon": 0.3, "steps": 2, "ramp": 0.0}}

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 from rich.console import Console
 from test_cli import Hardy
 
-from hardy.bench import command
+from benchmarks.processes import descendants
+from hardy.bench import command, work
 from hardy.bench.options import SECTIONS, Options
 from hardy.bench.results import Part, load, measurement, ratio, save
 from hardy.bench.timing import Say
+from hardy.bench.worker import SectionTask
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,6 +270,66 @@ def test_ctrl_c_ends_the_section_s_process(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyboardInterrupt):
         list(command._parts("environments", Options(seconds=600.0), interrupt))
     assert [process.returncode for process in started] == [130]
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), subprocess.TimeoutExpired("section", 1.0)])
+def test_a_second_ctrl_c_ends_the_section_s_process_by_force_and_so_does_time(reason: BaseException) -> None:
+    process = create_autospec(subprocess.Popen, instance=True)
+    process.wait.side_effect = reason
+    command._stop(process)
+    process.terminate.assert_called_once_with()
+    process.kill.assert_called_once_with()
+
+
+def wait_for(found: Callable[[], object]) -> None:
+    for _ in range(1200):
+        if found():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not begin")
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_sigterm_ends_the_command_as_ctrl_c_does_and_with_it_what_it_started(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "NO_COLOR": "1"}
+    line = [
+        sys.executable,
+        "-c",
+        "from hardy.cli import main; main()",
+        "bench",
+        "optimizer",
+        "--seconds",
+        "600",
+        "--out",
+        "here",
+    ]
+    with (
+        open(tmp_path / "err", "w+") as err,
+        subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=err, text=True) as process,
+    ):
+        wait_for(lambda: (tmp_path / "err").read_text().count("optimizer") > 1)  # its process speaks
+        started = descendants(process.pid)
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith("nothing was measured\ninterrupted\n")
+    assert "Traceback" not in (tmp_path / "err").read_text()
+    assert started and not any(is_running(pid) for pid in started)
+
+
+def test_sigterm_ends_a_section_and_the_training_that_it_started() -> None:
+    task = work.command("section", SectionTask(name="memory", options=Options(envs=(512,), population=(8,))))
+    with subprocess.Popen(task, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: descendants(process.pid))
+        started = descendants(process.pid)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert not any(is_running(pid) for pid in started)
 
 
 # -------------------------------------------------------------------------------------------------------------- make bench

@@ -409,6 +409,7 @@ def test_environments_are_stepped_beside_gymnasium() -> None:
             "Hardy over gymnasium's vector environment; CartPole-v1, N = 3",
         ],
         ["Hardy over gymnasium SyncVectorEnv; Pendulum-v1, N = 3"],
+        ["Hardy over gymnasium SyncVectorEnv; MountainCar-v0, N = 3"],
         ["Hardy over gymnasium SyncVectorEnv; MountainCarContinuous-v0, N = 3"],
     ]
     assert all(one.unit == "steps/s" for part in found for one in part.measurements)
@@ -416,4 +417,4 @@ def test_environments_are_stepped_beside_gymnasium() -> None:
 
 def test_environment_steps_are_those_of_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environments, "take_turns", lambda calls, *_: {name: [0.25, 0.25] for name in calls})
-    assert [one.median for part in parts(environments.measure, envs=(3,)) for one in part.measurements] == [12.0] * 7
+    assert [one.median for part in parts(environments.measure, envs=(3,)) for one in part.measurements] == [12.0] * 9

@@ -258,7 +258,9 @@ def test_every_problem_is_reported_at_once(hardy: Hardy) -> None:
         (("tain", "tiny.yaml"), ["No such command 'tain'"]),
         (("eval", "artifacts/x"), ["artifacts/x: no such folder"]),
         (("resume", "artifacts/x"), ["artifacts/x: no such folder"]),
-        (("eval", "tiny.yaml"), ["tiny.yaml"]),
+        (("eval", "tiny.yaml"), ["tiny.yaml: is a file; the folder of a run is needed"]),
+        (("resume", "runs/started/config.yaml"), ["is a file; the folder of a run is needed (did you mean 'runs/started'?)"]),
+        (("attack", "runs/started/sub/x"), ["sub/x: is a file; the folder of a run is needed (did you mean 'runs/started'?)"]),
         (("eval", "."), ["config.yaml: no such file"]),
         (("eval", "runs/started"), ["runs/started/checkpoints", "no usable checkpoint"]),
         (("resume", "runs/started"), ["runs/started/checkpoints", "no usable checkpoint"]),
@@ -273,6 +275,8 @@ def test_what_is_not_there_is_named(hardy: Hardy, arguments: tuple[str, ...], wo
     run = hardy.folder / "runs" / "started"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(dump_settings(settings_from_dict(RunSettings, {"env": {"id": "CartPole-v1"}})))
+    (run / "sub").mkdir()
+    (run / "sub" / "x").write_text("")
     hardy.refuses(*arguments, words=words)
 
 
@@ -346,5 +350,6 @@ def test_threads_can_be_given_to_every_command_that_computes(hardy: Hardy, monke
         code, _, err = hardy(*arguments)
         assert (code, err) == (0, ""), arguments
     assert seen == [3, 4, 5, 6, 4, 7]
-    hardy.refuses("train", "tiny.yaml", "--threads", "0", words=["threads = 0", ">= 1"])
-    hardy.refuses("eval", run, "--threads", "0", words=["threads = 0", ">= 1"])
+    for command in (["train", "tiny.yaml"], ["pbt", "tiny.yaml"], ["resume", run], ["eval", run], ["attack", run]):
+        hardy.refuses(*command, "--threads", "0", words=["--threads 0: must be a whole number from 1 to 1024"])
+        hardy.refuses(*command, "--threads", "1025", words=["--threads 1025: must be"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import captured_on_the_cpu
 from small_runs import EVERYTHING, Recorder, assert_same, member, shake_, snapshot, tiny, trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hardy import rollout as rollout_module
 from hardy.device_rollout import DeviceCollector, count_episodes_
@@ -43,7 +46,7 @@ def fields(rollout):
     return here(vars(rollout))
 
 
-@pytest.mark.parametrize("task", ["CartPole-v1", "PendulumNoVel-v1", "MountainCarContinuous-v0"])
+@pytest.mark.parametrize("task", ["CartPole-v1", "PendulumNoVel-v1", "MountainCarNoVel-v0", "MountainCarContinuous-v0"])
 @pytest.mark.parametrize(("memory", "shared"), [("lstm", True), ("gru", False), ("none", True)])
 def test_rollouts_are_those_of_the_ordinary_way(task, memory, shared, device):
     """Truncations, terminations (the shaken policy drops its pole) and running episodes, over the border of rollouts too."""
@@ -107,13 +110,18 @@ def test_a_step_replayed_without_python_gives_the_same_rollouts(monkeypatch, dri
         assert parts[1][0].changes.tolist() == [11] * 3
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_episodes_are_counted_as_the_ordinary_way_counts_them(data):
-    """Also where more end in one step than the window holds."""
-    members, envs = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 60, 250]))
-    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
-    chance = data.draw(st.sampled_from([0.02, 0.5, 1.0]))
+class LastFirst(TorchDispatchMode):
+    """Scatters from the last entry to the first: a device promises no order."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.scatter_:
+            target, dim, index, source = args
+            return func(target, dim, index.flip(dim), source.flip(dim))
+        return func(*args, **(kwargs or {}))
+
+
+def counted(members, envs, outcomes, order=nullcontext):
+    """Two states after these rewards and ends ``[P, E]``: counted step by step, and the ordinary way."""
     states = []
     for _ in range(2):
         recent = torch.full((members, RECENT_EPISODES), float("nan"))
@@ -125,15 +133,36 @@ def test_episodes_are_counted_as_the_ordinary_way_counts_them(data):
                 torch.zeros(members, dtype=torch.int64),
             )
         )  # fmt: skip
-    outcomes = []
-    for _ in range(9):
-        reward = rng.normal(size=members * envs).astype(np.float32)
-        ended = rng.random(members * envs) < chance
-        obs = np.zeros((members * envs, 1), np.float32)
-        outcomes.append(EnvStep(obs, reward, ended, np.zeros_like(ended), obs, ended, np.ones_like(ended)))
-        count_episodes_(states[0], torch.from_numpy(reward).view(members, envs), torch.from_numpy(ended).view(members, envs))
-    rollout_module._count_episodes(states[1], outcomes)
-    assert_same(snapshot(states[0]), snapshot(states[1]), 1e-6)
+    steps = []
+    for reward, ended in outcomes:
+        with order():
+            count_episodes_(states[0], torch.from_numpy(reward), torch.from_numpy(ended))
+        obs, ended = np.zeros((members * envs, 1), np.float32), ended.ravel()
+        steps.append(EnvStep(obs, reward.ravel(), ended, np.zeros_like(ended), obs, ended, np.ones_like(ended)))
+    rollout_module._count_episodes(states[1], steps)
+    return [snapshot(state) for state in states]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_episodes_are_counted_as_the_ordinary_way_counts_them(data):
+    """Also where more end in one step than the window holds."""
+    members, envs = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 60, 250]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    chance = data.draw(st.sampled_from([0.02, 0.5, 1.0]))
+    outcomes = [(rng.normal(size=(members, envs)).astype(np.float32), rng.random((members, envs)) < chance) for _ in range(9)]
+    assert_same(*counted(members, envs, outcomes), 1e-6)
+
+
+@pytest.mark.parametrize("order", [nullcontext, LastFirst])
+def test_of_more_episodes_than_the_window_holds_the_newest_stay_in_whatever_order_a_device_writes(order):
+    """Of one member all 250 end in the first step, of the other some 125 in each."""
+    rng = np.random.default_rng(0)
+    outcomes = [(rng.normal(size=(2, 250)).astype(np.float32), rng.random((2, 250)) < [[1 - step], [0.5]]) for step in (0, 1)]
+    found, expected = counted(2, 250, outcomes, order)
+    assert_same(found, expected, 1e-6)
+    first = torch.from_numpy(outcomes[0][0][0])
+    assert torch.equal(found["recent_returns"][0].sort().values, first[-RECENT_EPISODES:].sort().values)
 
 
 # --------------------------------------------------------------------------------------------------------- a whole training

@@ -11,6 +11,7 @@ from hardy import graphs, ppo
 from hardy.graphs import Captured, CapturedCalls, may_ask
 from hardy.nn import recurrent
 from hardy.optim.noise import standard_normal
+from hardy.population import per_member
 
 TORCH = {"env": {"backend": "torch"}}
 CASES = {
@@ -94,6 +95,52 @@ def test_a_captured_member_that_is_not_finite_skips_and_leaves_the_others_alone(
         assert_same(member(hurt, p), member(clean, p))
     for path, value in snapshot(runs[1].state.optimizer).items():
         assert torch.equal(value[1], before[path][1]), path
+
+
+def scripted(monkeypatch, run, kls, broken):
+    """Minibatch after minibatch these KLs ``[P]`` are found, and gradients and all other metrics are NaN of ``broken`` members.
+
+    By operations on tensors alone, so that a replay follows the script as well.
+    """
+    turn, real = torch.zeros(1, dtype=torch.int64), run.ppo._gradients
+
+    def gradients_and_metrics(*args):
+        hurt, kl = (script.index_select(0, turn).squeeze(0) for script in (broken, kls))
+        turn.add_(1)
+        gradients, metrics = (
+            {n: v.masked_fill(per_member(hurt, v.ndim), torch.nan) for n, v in t.items()} for t in real(*args)
+        )
+        return gradients, {**metrics, "train/approx_kl": kl}
+
+    monkeypatch.setattr(run.ppo, "_gradients", gradients_and_metrics)
+    return run
+
+
+def test_a_captured_member_that_stops_or_is_not_finite_trains_as_an_ordinary_one(monkeypatch):
+    """A stop lasts to the end of the update, and minibatches on which a member did not train are in none of its means."""
+    settings = tiny(TORCH, ppo={"target_kl": 0.01, "n_epochs": 3}, optimizer={"sigma": 0.0})
+    kls = torch.zeros(6, 3, dtype=torch.float64)
+    kls[:, 1:] = torch.arange(1, 7)[:, None] / 1000
+    broken = torch.zeros(6, 3, dtype=torch.bool)
+    kls[1, 0] = 1.0  # stops member 0, whose later KLs are low again
+    broken[4, 0] = broken[2, 1] = True  # the one after its stop, the other among minibatches that it trains on
+    script = (kls.repeat(3, 1), broken.repeat(3, 1))
+    ordinary = scripted(monkeypatch, trainer(settings, [4, 9, 2]), *script)
+    updates = [iterate(ordinary, 1) for _ in range(3)]
+    recordings = as_on_a_device(monkeypatch)
+    captured = scripted(monkeypatch, trainer(settings, [4, 9, 2]), *script)
+    for update, expected in enumerate(updates, 1):
+        found = iterate(captured, 1)
+        assert_same(found, expected, 1e-9)
+        assert captured.state.optimizer.upgd.step[:, 0].tolist() == [update, 5 * update, 6 * update]
+        assert found["train/skipped_updates"].tolist() == [0, 1, 0]
+        assert found["train/approx_kl"].tolist() == pytest.approx([0.0, 0.0036, 0.0035])
+        assert all(found[name].isfinite().all() for name in ("train/value_loss", "train/entropy", "train/grad_norm"))
+    assert len(recordings) == 3
+    states = [snapshot(run.state) for run in (captured, ordinary)]
+    for state in states:  # which of a captured member's keys are used is known on the device only: all are drawn
+        del state["generators.noise"]
+    assert_same(*states, 1e-9)
 
 
 def test_under_an_adversary_the_update_is_not_captured_and_trains(monkeypatch):

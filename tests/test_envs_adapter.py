@@ -7,6 +7,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.classic_control import MountainCarEnv
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
@@ -316,8 +318,9 @@ def test_environments_in_other_processes() -> None:
         env.close()
 
 
-def test_gymnasium_id_with_arguments_and_time_limit() -> None:
-    settings = EnvSettings(id="MountainCar-v0", num_envs=2, kwargs={"goal_velocity": 0.03}, max_episode_steps=5)
+def test_gymnasium_id_with_arguments_and_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gymnasium.registry, "Valley-v0", EnvSpec("Valley-v0", entry_point=MountainCarEnv))
+    settings = EnvSettings(id="Valley-v0", num_envs=2, kwargs={"goal_velocity": 0.03}, max_episode_steps=5)
     env = make(settings, [1])
     assert env.physics["goal_velocity"] == 0.03
     env.reset()

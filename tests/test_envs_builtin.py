@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hardy.envs import EnvSettings, list_envs, make
 from hardy.envs.base import BatchedEnv, EnvStep
-from hardy.envs.classic import CartPole, ClassicControl, MountainCarContinuous, Pendulum
+from hardy.envs.classic import CartPole, ClassicControl, MountainCar, MountainCarContinuous, Pendulum
 from hardy.envs.cliff import EDGE, LENGTH, ROUGH, WindyCliff, WindyCliffEnv, path_returns
 from hardy.envs.tasks import TASKS
 
@@ -53,6 +53,7 @@ def test_every_step_equals_gymnasium(task, data) -> None:
     bounds = {
         CartPole: ((-2.6, 2.6), (-3, 3), (-0.25, 0.25), (-3, 3)),
         Pendulum: ((-20, 20), (-8, 8)),
+        MountainCar: ((-1.2, 0.6), (-0.07, 0.07)),
         MountainCarContinuous: ((-1.2, 0.6), (-0.07, 0.07)),
     }[task.batched]
     rows = 3
@@ -94,6 +95,15 @@ def test_the_car_stops_at_the_left_wall_and_arrives_only_with_speed_forward() ->
     assert step.terminated.tolist() == [True, False], "0.4544 is at the goal, 0.4494 is not"
 
 
+def test_the_car_with_three_actions_pays_for_every_step_and_arrives_at_half() -> None:
+    env = build("MountainCar-v0", [0], 3)
+    env.reset()
+    env._state = np.array([[0.47, 0.45, 0.5], [0.04, 0.04, -0.01]])
+    step = env.step(np.array([2, 2, 1]))
+    assert step.terminated.tolist() == [True, False, False]
+    assert step.reward.tolist() == [-1.0] * 3
+
+
 @pytest.mark.parametrize("task", FULL, ids=lambda task: task.id)
 def test_whole_episode_and_time_limit_equal_gymnasium(task) -> None:
     """From one initial state to the end under the published time limit."""
@@ -112,6 +122,8 @@ def test_whole_episode_and_time_limit_equal_gymnasium(task) -> None:
         if task.batched is CartPole:
             actions = (env._state[2] + env._state[3] > 0).astype(np.int64)
             action = int(actions[0])
+        elif task.batched is MountainCar:
+            actions, action = np.zeros(1, dtype=np.int64), 0
         else:
             actions = action = np.zeros((1, 1), dtype=np.float32)
             action = actions[0]
@@ -289,7 +301,8 @@ def test_every_physical_parameter_matters(task) -> None:
         env.reset()
         env._state = np.repeat(np.array([[0.1], [0.02], [0.05], [0.3]])[: env.state_size], 2, axis=1)
         env.set_physics(name, np.array([value, 1.5 * value]))
-        env.step(np.ones(2, dtype=np.int64) if task.batched is CartPole else np.full((2, 1), 0.7, dtype=np.float32))
+        continuous = isinstance(env.action_space, Box)
+        env.step(np.full((2, 1), 0.7, np.float32) if continuous else np.full(2, env.action_space.n - 1))
         assert not np.array_equal(env._state[:, 0], env._state[:, 1]), name
 
 

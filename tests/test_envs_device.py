@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hardy.envs import DriftSettings, EnvSettings, TensorEnv, make
-from hardy.envs.classic import CartPole, MountainCarContinuous, Pendulum
+from hardy.envs.classic import CartPole, MountainCar, MountainCarContinuous, Pendulum
 from hardy.envs.tasks import TASKS
 from hardy.splitmix import split_mix, uniform
 
@@ -20,6 +20,7 @@ TENSOR_TASKS = [task for task in TASKS.values() if task.tensors is not None]
 BOUNDS = {
     CartPole: ((-2.6, 2.6), (-3, 3), (-0.25, 0.25), (-3, 3)),
     Pendulum: ((-20, 20), (-8, 8)),
+    MountainCar: ((-1.2, 0.6), (-0.07, 0.07)),
     MountainCarContinuous: ((-1.2, 0.6), (-0.07, 0.07)),
 }
 
@@ -85,6 +86,17 @@ def test_every_step_equals_that_of_the_arrays_in_double_precision(task, data):
     np.testing.assert_array_equal(after[0]["elapsed"], after[1]["elapsed"])
 
 
+@pytest.mark.parametrize("task_id", ["MountainCar-v0", "MountainCarContinuous-v0"])
+def test_a_car_stops_at_the_left_wall_and_arrives_only_with_speed_forward(task_id, device):
+    goal = TASKS[task_id].batched.goal
+    arrays, tensors = twins(task_id, 3, np.array([[-1.19, goal + 0.02, goal - 0.02], [-0.07, -0.005, 0.05]]), device=device)
+    actions = np.ones(3, dtype=np.int64) if task_id == "MountainCar-v0" else np.zeros((3, 1), dtype=np.float32)
+    one, other = arrays.step(actions), tensors.step(actions)
+    assert other.terminated.tolist() == [False, False, True]
+    np.testing.assert_array_equal(other.obs[0], np.array([-1.2, 0.0], dtype=np.float32))
+    np.testing.assert_array_equal(one.reward, other.reward)
+
+
 @pytest.mark.parametrize("task", TENSOR_TASKS, ids=lambda task: task.id)
 def test_a_whole_episode_equals_that_of_the_arrays(task, device):
     start = np.random.default_rng(3).uniform(-0.04, 0.04, (task.batched.state_size, 4))
@@ -110,6 +122,7 @@ def test_a_whole_episode_equals_that_of_the_arrays(task, device):
 STARTS = {
     CartPole: [(-0.05, 0.05)] * 4,
     Pendulum: [(-np.pi, np.pi), (-1.0, 1.0)],
+    MountainCar: [(-0.6, -0.4)],
     MountainCarContinuous: [(-0.6, -0.4)],
 }
 
@@ -131,6 +144,8 @@ def test_starts_are_distributed_as_the_task_says_over_rows_and_over_episodes(tas
         assert (np.abs(np.corrcoef(varying) - np.eye(len(varying))) < 0.08).all()
         assert (state[len(varying) :] == 0).all()
         assert len(np.unique(state[0])) == 4000
+        fractions = [(entry - low) / (high - low) for entry, (low, high) in zip(state, STARTS[task.batched], strict=False)]
+        assert len(np.unique(np.round(fractions, 12))) == varying.size, "no number serves two entries or episodes"
     successive = np.array([row[0] for row in rows])  # [episode, row]
     assert np.abs(np.corrcoef(successive[:-1, 0], successive[1:, 0])[0, 1]) < 0.15
 

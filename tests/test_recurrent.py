@@ -67,6 +67,16 @@ def oracle(module, x, state, is_first):
     return torch.stack(output)
 
 
+def looped(module, x, state, is_first):
+    """One step of the module after the other."""
+    outputs = []
+    for t in range(x.shape[1]):
+        state = torch.where(is_first[:, t].unsqueeze(-1), torch.zeros_like(state), state)
+        output, state = module.step(x[:, t], state)
+        outputs.append(output)
+    return torch.stack(outputs, 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("members", "layers"), [(1, 1), (3, 2), (7, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -99,14 +109,28 @@ def test_a_sequence_equals_a_plain_loop_of_steps(kind, dtype, data):
     x = torch.randn(members, steps, envs, 2, dtype=dtype, generator=generator)
     state = torch.randn(members, envs, module.state_size, dtype=dtype, generator=generator)
     is_first = torch.rand(members, steps, envs, generator=generator) < chance
-    looped = state
-    expected = []
-    for t in range(steps):
-        looped = torch.where(is_first[:, t].unsqueeze(-1), torch.zeros_like(looped), looped)
-        output, looped = module.step(x[:, t], looped)
-        expected.append(output)
     tolerance = 1e-5 if dtype is torch.float32 else 1e-12
-    torch.testing.assert_close(module(x, state, is_first), torch.stack(expected, 1), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(module(x, state, is_first), looped(module, x, state, is_first), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("lstm", torch.float32), ("lstm", torch.float64), ("gru", torch.float64)])
+@pytest.mark.parametrize(("members", "envs"), [(1, 1024), (64, 2)])
+def test_many_environments_and_many_members_equal_a_plain_loop_of_steps(kind, dtype, members, envs):
+    """Values and gradients, against the loop in double precision."""
+    module, exact = (make(kind, members, 3, 5, 2, precision) for precision in (dtype, torch.float64))
+    exact.load_state_dict(module.state_dict())
+    x = torch.randn(members, 7, envs, 3, dtype=dtype, requires_grad=True)
+    state = torch.randn(members, envs, module.state_size, dtype=dtype)
+    is_first = torch.rand(members, 7, envs) < 0.2
+    output = module(x, state, is_first)
+    given = x.detach().double().requires_grad_()
+    expected = looped(exact, given, state.double(), is_first)
+    weight = torch.randn_like(expected)
+    found = torch.autograd.grad(output, [x, *module.parameters()], weight.to(dtype))
+    wanted = torch.autograd.grad(expected, [given, *exact.parameters()], weight)
+    tolerance = 1e-4 if dtype is torch.float32 else 1e-11  # a weight's gradient is a sum over 7,168 steps
+    for one, other in zip((output, *found), (expected, *wanted), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=tolerance, rtol=tolerance)
 
 
 @settings(max_examples=50, deadline=None)

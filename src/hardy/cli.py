@@ -20,9 +20,11 @@ from hardy.config import ConfigError, dump_settings, load_settings, nearest
 from hardy.console import print_error
 from hardy.envs import list_envs
 from hardy.evolution import PopulationLostError
+from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
+from hardy.parallel import MOST_THREADS
 from hardy.settings import RunSettings
 
-FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+FAILED, USER_ERROR = 1, 2
 EPSILONS = (0.05, 0.1, 0.2)
 """Radii of `hardy attack` where none is given."""
 app = typer.Typer(
@@ -227,10 +229,16 @@ def bench(
 
 
 def _with_threads(overrides: list[str] | None, threads: int | None) -> list[str]:
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise ConfigError([f"--threads {threads}: must be a whole number from 1 to {MOST_THREADS}"])
     return [*(overrides or []), *([] if threads is None else [f"threads={threads}"])]
 
 
 def _existing(folder: Path) -> Path:
+    if folder.is_file():
+        around = next((parent for parent in folder.parents if (parent / run.CONFIG).is_file()), None)
+        near = "" if around is None else f" (did you mean '{around}'?)"
+        raise ConfigError([f"{folder}: is a file; the folder of a run is needed{near}"])
     if not folder.is_dir():
         parent = folder.parent
         runs = sorted(path.name for path in parent.iterdir() if (path / run.CONFIG).exists()) if parent.is_dir() else []
@@ -257,6 +265,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     Console(stderr=True, highlight=False).print(f"warning: {message}", soft_wrap=True, markup=False)
 
 
+@sigterm_as_ctrl_c()
 def main() -> None:
     """Entry point: a mistake of the user ends with one message and exit status 2, without a traceback."""
     warnings.showwarning = _show_warning

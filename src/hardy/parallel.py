@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
+MOST_THREADS = 1024
+"""More are taken for a slip of the user's."""
 
 
 CGROUP = Path("/sys/fs/cgroup")

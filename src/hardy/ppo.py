@@ -234,7 +234,7 @@ class PPO:
         state: OptimizerState,
         hyper: Hyper,
         generators: Mapping[str, MemberGenerators],
-        bounds: tuple[Float[Tensor, "P O"], Float[Tensor, "P O"]],
+        bounds: Callable[[], tuple[Float[Tensor, "P O"], Float[Tensor, "P O"]]],
     ) -> dict[str, Float[Tensor, "P"]]:
         """All epochs over one rollout. Writes the parameters and ``state`` in place.
 
@@ -242,7 +242,7 @@ class PPO:
             hyper: hyperparameters of this moment, schedules applied (see `scheduled`).
             generators: the members' own, for the order of the environments (``shuffle``), the optimizer's noise (``noise``)
                 samples of the return (``target``) and the adversary (``attack``).
-            bounds: lowest and highest normalised observation.
+            bounds: lowest and highest normalised observation; asked for only where a member is attacked.
 
         Returns:
             Metrics, averaged over the minibatches that each member trained on.
@@ -251,10 +251,10 @@ class PPO:
         with phase("returns"):
             whole = make_batch(rollout, hyper, normalize=normalize, objective=self.objective, draws=draws)
         members, _, envs = whole.valid.shape
-        captured = self._captured_on(whole.obs, hyper, state)
-        progress = Progress(members, whole.obs)
-        if captured is not None:
-            progress = captured.begin_(generators["noise"], self.settings.n_epochs * self.settings.n_minibatches)
+        limits = bounds() if bool((hyper["adversary.epsilon"] > 0).any()) else None
+        captured = self._captured_on(whole.obs, state) if limits is None else None
+        minibatches = self.settings.n_epochs * self.settings.n_minibatches
+        progress = Progress(members, whole.obs) if captured is None else captured.begin_(generators["noise"], minibatches)
         split: dict[str, Tensor] = {}
         for _ in range(self.settings.n_epochs):
             with phase("minibatches"):
@@ -263,7 +263,7 @@ class PPO:
                 if captured is not None:
                     captured(vars(part), hyper)
                     continue
-                attack = self._attacker(hyper, bounds, generators["attack"], progress.running)
+                attack = self._attacker(hyper, limits, generators["attack"], progress.running)
                 gradients, metrics = self._gradients(part, hyper, state, attack)
                 if attack is not None and not split:
                     with phase("metrics"):
@@ -298,9 +298,9 @@ class PPO:
         with phase("metrics"):
             progress.add_({**metrics, **stepped}, running, finite)
 
-    def _captured_on(self, like: Tensor, hyper: Hyper, state: OptimizerState) -> CapturedMinibatch | None:
-        """A whole minibatch as one captured function, on devices that gain from it; an adversary's draws no graph can hold."""
-        if like.device.type not in CAPTURED or bool((hyper["adversary.epsilon"] > 0).any()):
+    def _captured_on(self, like: Tensor, state: OptimizerState) -> CapturedMinibatch | None:
+        """A whole minibatch without an adversary, whose draws no graph can hold, as one captured function, where it gains."""
+        if like.device.type not in CAPTURED:
             return None
         if self._captured is None or self._captured[0] is not state:
             self._captured = state, CapturedMinibatch(functools.partial(self._train_on, state), like)
@@ -329,12 +329,12 @@ class PPO:
         return ~(kl > KL_TOLERANCE * self.settings.target_kl)
 
     def _attacker(
-        self, hyper: Hyper, bounds: tuple[Tensor, Tensor], draws: MemberGenerators, running: Bool[Tensor, "P"]
+        self, hyper: Hyper, bounds: tuple[Tensor, Tensor] | None, draws: MemberGenerators, running: Bool[Tensor, "P"]
     ) -> Attacker | None:
         """What attacks the sequences of a batch, if any member is to be attacked; members that are not draw nothing."""
         epsilon, method = hyper["adversary.epsilon"], self.adversary.method
         members = running & (epsilon > 0)
-        if not bool(members.any()):
+        if bounds is None or not bool(members.any()):
             return None
 
         def attack(batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ from hardy.nn.normalizer import NormalizerSettings
 from hardy.ops.critic import Critic, CriticSettings
 from hardy.ops.risk import RiskSettings
 from hardy.optim import OptimizerSettings, VGSSettings
+from hardy.parallel import MOST_THREADS
 from hardy.pbt import PBTSettings
 from hardy.pbt.pb2 import require
 from hardy.policy import PolicySettings
@@ -63,7 +64,7 @@ class RunSettings(Settings):
     """Environment steps of one member, rounded up to whole rollouts."""
     artifacts_dir: str = Field("artifacts", min_length=1)
     device: Literal["cpu", "cuda"] = "cpu"
-    threads: int | None = Field(None, ge=1, le=1024)
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS)
     """Processor threads; ``null`` takes every core the process may use."""
     profile: bool = False
     """Measure where the time of an iteration goes."""

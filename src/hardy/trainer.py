@@ -194,7 +194,7 @@ class Trainer:
             trained_on = self._scale_rewards(rollout, hyper["ppo.gamma"])
         with phase("returns"):
             metrics: Metrics = dict(self._risk(trained_on, hyper))
-        metrics |= self.ppo.update(trained_on, state.optimizer, hyper, state.generators, self.observation_bounds())
+        metrics |= self.ppo.update(trained_on, state.optimizer, hyper, state.generators, self.observation_bounds)
         if self.iteration % PLASTICITY_EVERY == 0:
             with phase("metrics"):
                 metrics |= self._plasticity(rollout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,9 +21,10 @@ from hardy.bench.options import ALL, MINIBATCHES, Options, choose
 from hardy.bench.results import Measurement, Part, Ratio, Result, SectionResult, count_threads, load, save
 from hardy.bench.timing import Say, under
 from hardy.bench.work import BenchError, Work, command, failure, train
-from hardy.bench.worker import INTERRUPTED, SectionTask
+from hardy.bench.worker import SectionTask
 from hardy.config import ConfigError
 from hardy.console import print_error
+from hardy.interrupts import INTERRUPTED
 from hardy.parallel import available_cores
 
 FAILED = 1
@@ -276,9 +276,9 @@ def _parts(name: str, options: Options, say: Say) -> Iterator[Part]:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """End a section as Ctrl-C would, so that it ends its own processes, or by force."""
-    process.send_signal(signal.SIGINT)
+    """End a section so that it ends its own processes, or by force."""
+    process.terminate()  # a shell's background job ignores Ctrl-C, and so do its children
     try:
         process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # the user asks again
         process.kill()

@@ -15,7 +15,7 @@ from hardy.bench.results import Part, measurement, ratio
 from hardy.bench.timing import Say, take_turns, under
 from hardy.envs import EnvSettings, make
 
-TASKS = ("CartPole-v1", "Pendulum-v1", "MountainCarContinuous-v0")
+TASKS = ("CartPole-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0")
 ENVS = (64,)
 ACTIONS = 64
 """Random actions that are drawn beforehand and taken in turn."""

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from hardy.config import ConfigError, Settings, nearest, settings_from_dict
+from hardy.parallel import MOST_THREADS
 
 ALL = "all"
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -39,7 +40,7 @@ class Options(Settings):
 
     envs: tuple[int, ...] | None = Field(None, min_length=1)
     population: tuple[int, ...] | None = Field(None, min_length=1)
-    threads: int | None = Field(None, ge=1, le=1024)
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS)
     seconds: float | None = Field(None, gt=0, le=3600)
     repeats: int | None = Field(None, ge=1, le=1000)
     hidden: int = Field(128, ge=1)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +17,8 @@ from hardy.bench.results import Part
 from hardy.bench.timing import Say
 from hardy.bench.work import BenchError, Work, peak_memory, train
 from hardy.config import Settings
+from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
-INTERRUPTED = 130
 MEASURES: dict[str, Callable[[Options, Say], Iterator[Part]]] = {
     "throughput": throughput.measure,
     "population": population.measure,
@@ -48,10 +47,9 @@ def _tell(line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
 
+@sigterm_as_ctrl_c()
 def main(task: str, given: str) -> None:
     """Do one task."""
-    # A shell's background job ignores interrupts, and so do its children; but this one is ended by an interrupt.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if task == "section":
         section(SectionTask.model_validate_json(given))
     elif task == "training":

@@ -1,7 +1,7 @@
 """The built-in classic-control tasks: all rows advance in one set of array operations, each row has its own random generator.
 
 The arithmetic is in float64, rewards and observations leave as float32. Equations and constants are those of Gymnasium's
-``CartPole-v1``, ``Pendulum-v1`` and ``MountainCarContinuous-v0``, so results compare with published ones.
+``CartPole-v1``, ``Pendulum-v1``, ``MountainCar-v0`` and ``MountainCarContinuous-v0``, so results compare with published ones.
 """
 
 from __future__ import annotations
@@ -273,34 +273,60 @@ class Pendulum(ClassicControl):
         return np.cos(angle), np.sin(angle), speed
 
 
-class MountainCarContinuous(ClassicControl):
-    """An underpowered car between two hills, driven by a force in [−1, 1]; it must gain momentum first.
+class CarInValley(ClassicControl):
+    """Base of the mountain cars (Moore 1990, PhD thesis): an underpowered car must gain momentum on the other hill first.
 
-    Full observation: position (−1.2 … 0.6), velocity (at most 0.07 per step). Terminates at the goal, position 0.45 (and a
-    velocity that is not negative), with reward 100; every step costs 0.1·force². The left wall is inelastic.
+    Full observation: position (−1.2 … 0.6), velocity (at most 0.07 per step). Terminates at the goal, with a velocity that is
+    not negative. The left wall is inelastic.
     """
 
-    action_space = _box(1.0)
     full_observation_space = Box(np.array([-1.2, -0.07], np.float32), np.array([0.6, 0.07], np.float32), dtype=np.float32)
-    published_time_limit = 999
-    default_physics: ClassVar[Mapping[str, float]] = {"power": 0.0015, "gravity": 0.0025}
     signed_physics = frozenset({"gravity"})
     state_size = 2
-    min_position, max_position, max_speed, goal = -1.2, 0.6, 0.07, 0.45
+    min_position, max_position, max_speed = -1.2, 0.6, 0.07
+    goal: ClassVar[float]
+    """Position where an episode terminates."""
 
     def _draw(self, generator: np.random.Generator) -> Float64[np.ndarray, "2"]:
         return np.array((generator.uniform(-0.6, -0.4), 0.0))
 
-    def _advance(self, actions: Shaped[np.ndarray, "N ..."]) -> tuple[Float[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
+    def _roll(self, push: Float64[np.ndarray, "N"]) -> Bool[np.ndarray, "N"]:
+        """Move ``_state`` on by one step under an acceleration of the engine's; whether the goal is reached."""
         position, speed = self._state
-        force = actions[:, 0].astype(np.float64)
-        speed = speed + force * self._physics["power"] - self._physics["gravity"] * np.cos(3 * position)
+        speed = speed + push - self._physics["gravity"] * np.cos(3 * position)
         speed = np.clip(speed, -self.max_speed, self.max_speed)
         position = np.clip(position + speed, self.min_position, self.max_position)
         speed = np.where((position == self.min_position) & (speed < 0), 0.0, speed)
         self._state = np.stack((position, speed))
-        arrived = (position >= self.goal) & (speed >= 0)
-        return np.where(arrived, 100.0, 0.0) - 0.1 * force**2, arrived
+        arrived: Bool[np.ndarray, "N"] = (position >= self.goal) & (speed >= 0)
+        return arrived
 
     def _features(self) -> tuple[Float[np.ndarray, "N"], ...]:
         return tuple(self._state)
+
+
+class MountainCar(CarInValley):
+    """`CarInValley` that accelerates to the left (0), not at all (1) or to the right (2); reward −1 per step, goal at 0.5."""
+
+    action_space = Discrete(3)
+    published_time_limit = 200
+    default_physics: ClassVar[Mapping[str, float]] = {"force": 0.001, "gravity": 0.0025}
+    goal = 0.5
+
+    def _advance(self, actions: Shaped[np.ndarray, "N ..."]) -> tuple[Float[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
+        arrived = self._roll((actions - 1) * self._physics["force"])
+        return np.full(self.num_envs, -1.0, dtype=np.float32), arrived
+
+
+class MountainCarContinuous(CarInValley):
+    """`CarInValley` driven by a force in [−1, 1]; every step costs 0.1·force², and the goal, at 0.45, brings 100."""
+
+    action_space = _box(1.0)
+    published_time_limit = 999
+    default_physics: ClassVar[Mapping[str, float]] = {"power": 0.0015, "gravity": 0.0025}
+    goal = 0.45
+
+    def _advance(self, actions: Shaped[np.ndarray, "N ..."]) -> tuple[Float[np.ndarray, "N"], Bool[np.ndarray, "N"]]:
+        force = actions[:, 0].astype(np.float64)
+        arrived = self._roll(force * self._physics["power"])
+        return np.where(arrived, 100.0, 0.0) - 0.1 * force**2, arrived

@@ -20,7 +20,15 @@ from jaxtyping import Bool, Float, Float32, Float64, Shaped
 from torch import Tensor
 
 from hardy.envs.base import BatchedEnv, EnvStep, as_actions
-from hardy.envs.classic import CartPole, ClassicControl, MountainCarContinuous, Pendulum, check_physics
+from hardy.envs.classic import (
+    CarInValley,
+    CartPole,
+    ClassicControl,
+    MountainCar,
+    MountainCarContinuous,
+    Pendulum,
+    check_physics,
+)
 from hardy.splitmix import split_mix, uniform
 
 
@@ -258,23 +266,46 @@ class TensorPendulum(TensorTask):
         return angle.cos(), angle.sin(), speed
 
 
-class TensorMountainCarContinuous(TensorTask):
-    """`MountainCarContinuous` as tensors."""
+class TensorCarInValley(TensorTask):
+    """`CarInValley` as tensors."""
 
-    twin = MountainCarContinuous
+    twin: ClassVar[type[CarInValley]]
 
     def _initial(self, uniform: Float64[Tensor, "S N"]) -> Float64[Tensor, "S N"]:
         return torch.stack([0.2 * uniform[0] - 0.6, torch.zeros_like(uniform[1])])
 
-    def _advance(
-        self, actions: Shaped[Tensor, "N"], physics: Mapping[str, Tensor]
-    ) -> tuple[Float64[Tensor, "S N"], Float[Tensor, "N"], Bool[Tensor, "N"]]:
-        car = MountainCarContinuous
+    def _roll(
+        self, push: Float64[Tensor, "N"], gravity: Float64[Tensor, "N"]
+    ) -> tuple[Float64[Tensor, "S N"], Bool[Tensor, "N"]]:
+        """State after one step under an acceleration of the engine's, and whether the goal is reached."""
+        car = self.twin
         position, speed = self._state
-        speed = speed + actions * physics["power"] - physics["gravity"] * (3 * position).cos()
+        speed = speed + push - gravity * (3 * position).cos()
         speed = speed.clamp(-car.max_speed, car.max_speed)
         position = (position + speed).clamp(car.min_position, car.max_position)
         speed = torch.where((position == car.min_position) & (speed < 0), 0.0, speed)
-        arrived = (position >= car.goal) & (speed >= 0)
-        reward = torch.where(arrived, 100.0, 0.0) - 0.1 * actions.square()
-        return torch.stack([position, speed]), reward, arrived
+        return torch.stack([position, speed]), (position >= car.goal) & (speed >= 0)
+
+
+class TensorMountainCar(TensorCarInValley):
+    """`MountainCar` as tensors."""
+
+    twin = MountainCar
+
+    def _advance(
+        self, actions: Shaped[Tensor, "N"], physics: Mapping[str, Tensor]
+    ) -> tuple[Float64[Tensor, "S N"], Float[Tensor, "N"], Bool[Tensor, "N"]]:
+        state, arrived = self._roll((actions - 1) * physics["force"], physics["gravity"])
+        return state, torch.full_like(state[0], -1.0), arrived
+
+
+class TensorMountainCarContinuous(TensorCarInValley):
+    """`MountainCarContinuous` as tensors."""
+
+    twin = MountainCarContinuous
+
+    def _advance(
+        self, actions: Shaped[Tensor, "N"], physics: Mapping[str, Tensor]
+    ) -> tuple[Float64[Tensor, "S N"], Float[Tensor, "N"], Bool[Tensor, "N"]]:
+        state, arrived = self._roll(actions * physics["power"], physics["gravity"])
+        return state, torch.where(arrived, 100.0, 0.0) - 0.1 * actions.square(), arrived

@@ -28,8 +28,8 @@ class EnvSettings(Settings):
 
     Args:
         id: a built-in task (``hardy envs``) or any id of Gymnasium's registry; ``module:Env-v0`` imports ``module`` first.
-            ``CartPole-v1``, ``Pendulum-v1`` and ``MountainCarContinuous-v0`` are the built-in vectorised twins: same tasks,
-            faster.
+            ``CartPole-v1``, ``Pendulum-v1``, ``MountainCar-v0`` and ``MountainCarContinuous-v0`` are the built-in vectorised
+            twins: same tasks, faster.
         num_envs: environments per member.
         kwargs: passed to ``gymnasium.make``; built-in tasks take none.
         max_episode_steps: steps until truncation; the task's own limit if ``None``.

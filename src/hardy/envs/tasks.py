@@ -8,13 +8,13 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.classic_control import CartPoleEnv, Continuous_MountainCarEnv, PendulumEnv
+from gymnasium.envs.classic_control import CartPoleEnv, Continuous_MountainCarEnv, MountainCarEnv, PendulumEnv
 from gymnasium.spaces import Box
 from gymnasium.utils import RecordConstructorArgs
 
-from hardy.envs.classic import CartPole, ClassicControl, MountainCarContinuous, Pendulum
+from hardy.envs.classic import CartPole, ClassicControl, MountainCar, MountainCarContinuous, Pendulum
 from hardy.envs.cliff import WindyCliff, WindyCliffEnv
-from hardy.envs.device import TensorCartPole, TensorMountainCarContinuous, TensorPendulum, TensorTask
+from hardy.envs.device import TensorCartPole, TensorMountainCar, TensorMountainCarContinuous, TensorPendulum, TensorTask
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,24 @@ TASKS = {
             (0, 1),
             "swing a pendulum up without seeing its velocity",
             TensorPendulum,
+        ),
+        Task(
+            "MountainCar-v0",
+            MountainCar,
+            MountainCarEnv,
+            ("position", "velocity"),
+            None,
+            "rock an underpowered car out of a valley, full throttle or none",
+            TensorMountainCar,
+        ),
+        Task(
+            "MountainCarNoVel-v0",
+            MountainCar,
+            MountainCarEnv,
+            ("position",),
+            (0,),
+            "rock an underpowered car out of a valley, full throttle or none, without seeing its velocity",
+            TensorMountainCar,
         ),
         Task(
             "MountainCarContinuous-v0",

@@ -44,13 +44,7 @@ def gae(
     zero = torch.zeros_like(value)
     bootstrap = torch.where(terminated, zero, next_value)
     delta = torch.where(valid, reward + per_member(gamma, 3) * bootstrap - value, zero)
-    continues = (valid & ~(terminated | truncated)).unbind(1)
-    decay = (gamma * gae_lambda)[:, None]
-    advantage = torch.empty_like(delta)
-    following = zero[:, 0]
-    for t in reversed(range(delta.shape[1])):
-        following = delta[:, t] + torch.where(continues[t], decay * following, zero[:, 0])
-        advantage[:, t] = following
+    advantage = _sum_back(delta, valid & ~(terminated | truncated), (gamma * gae_lambda)[:, None])
     return advantage, advantage + value
 
 
@@ -84,13 +78,20 @@ def sampled_returns(
     Returns:
         In the units of the reward, without gradient. Where not ``valid``, ``own``.
     """
-    discount = gamma[:, None, None]
     continues = (valid & ~(terminated | truncated)).unsqueeze(-1) & (uniform < per_member(gae_lambda, 4))
-    bootstrap = torch.where(terminated.unsqueeze(-1), torch.zeros_like(following), following)
-    samples = torch.empty_like(own)
-    later = bootstrap[:, -1]
-    for t in reversed(range(own.shape[1])):
-        after = torch.where(continues[:, t], later, bootstrap[:, t]) if t + 1 < own.shape[1] else bootstrap[:, t]
-        later = torch.where(valid[:, t].unsqueeze(-1), reward[:, t].unsqueeze(-1) + discount * after, own[:, t])
-        samples[:, t] = later
-    return samples
+    continues[:, -1] = False  # there is no step to go on into
+    bootstrap = torch.where(terminated.unsqueeze(-1) | continues, torch.zeros_like(following), following)
+    ends = torch.where(valid.unsqueeze(-1), reward.unsqueeze(-1) + per_member(gamma, 4) * bootstrap, own)
+    return _sum_back(ends, continues, gamma[:, None, None])
+
+
+def _sum_back(
+    own: Float[Tensor, "P T ..."], continues: Bool[Tensor, "P T ..."], decay: Float[Tensor, "P ..."]
+) -> Float[Tensor, "P T ..."]:
+    """``x_t = own_t + decay · x_{t+1}`` where it continues into t+1, else ``own_t``; 0 comes after the last step."""
+    sums = torch.empty_like(own)
+    zero = following = torch.zeros_like(own[:, 0])
+    for t, goes_on in reversed(list(enumerate(continues.unbind(1)))):
+        following = own[:, t] + torch.where(goes_on, decay * following, zero)
+        sums[:, t] = following
+    return sums
