@@ -1,9 +1,9 @@
 """Resets inside sequences for PyTorch's fused recurrent kernels, which know none: one step more in front of a new episode.
 
 Two more inputs do it. One is 1 at every real step and carries the bias. The other is 1 at a reset step, whose real inputs are
-0, and its weight closes the gates: an LSTM's input, forget and output gate become exactly 0, and with them cell and hidden
-state; a GRU's update and reset gate become 0, its candidate tanh(0), and so its hidden state. What was before cannot be felt
-afterwards, nor can a gradient pass: at such a step the derivative of every weight that is the network's own is 0.
+0, and its weight closes gates: an LSTM's input and forget gate become exactly 0, and with them the cell and the hidden state; a
+GRU's reset and update gate become 0, its candidate tanh(0), and so its hidden state. What was before cannot be felt afterwards,
+nor can a gradient pass: at such a step the derivative by every weight that is the network's own is 0.
 
 So P·E sequences of T steps are rows of T steps and one for each reset, all in one call without padding but at the end.
 """
@@ -73,8 +73,6 @@ def lay_out(is_first: Bool[np.ndarray, "T E"], device: torch.device) -> Rows:
 def input_weights(kind: str, weight_ih: Float[Tensor, "G I"], bias_ih: Float[Tensor, "G"]) -> Float[Tensor, "G I2"]:
     """The weights of the inputs that `Rows.spread` makes; the kernel gets no input bias beside them."""
     closing = torch.zeros_like(bias_ih)
-    gates = closing.chunk(GATES[kind])
-    # All but the candidate, which is the LSTM's third and the GRU's last.
-    for gate in (gates[0], gates[1], *gates[3:]):
+    for gate in closing.chunk(GATES[kind])[:2]:  # the LSTM's input and forget gate, the GRU's reset and update gate
         gate.fill_(CLOSED)
     return torch.cat([weight_ih, bias_ih[:, None], closing[:, None]], dim=1)
