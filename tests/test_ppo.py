@@ -10,6 +10,7 @@ from small_runs import assert_same, member, shake_, snapshot, tiny, trainer
 
 import hardy.ppo as ppo
 from hardy.config import ConfigError
+from hardy.minibatch import Progress
 from hardy.population import leaves
 from hardy.ppo import PPOSettings, make_batch, scheduled
 
@@ -281,3 +282,23 @@ def test_unequal_microbatches_are_refused():
     """Parts of unequal size differ even where the gradient has no noise."""
     with pytest.raises(ConfigError, match=r"env.num_envs = 5 must be a multiple of .* = 4"):
         tiny(env={"num_envs": 5}, vgs={"estimator": "microbatch"})
+
+
+def test_means_are_over_the_minibatches_that_a_member_trained_on():
+    progress, every = Progress(3, torch.zeros(3)), torch.ones(3, dtype=torch.bool)
+    stopped, broken = torch.tensor([True, True, False]), torch.tensor([True, False, True])
+    nan = torch.full((3,), torch.nan)
+    for _ in range(2):  # begun anew, the second update knows nothing of the first
+        progress.begin_()
+        progress.add_({"a": torch.tensor([1.0, 2.0, 4.0])}, every, every)
+        # What first appears later, or is missing later, counts as 0 where it is not there.
+        progress.add_({"a": torch.tensor([3.0, torch.nan, 8.0]), "b": torch.tensor([6.0, torch.nan, 2.0])}, every, broken)
+        progress.add_({"b": torch.tensor([3.0, 4.0, torch.nan])}, stopped, every)
+        means = progress.mean()
+        assert means["a"].tolist() == [4 / 3, 1.0, 6.0]
+        assert means["b"].tolist() == [3.0, 2.0, 1.0]
+        assert progress.skipped.tolist() == [0, 1, 0]
+        assert progress.running.tolist() == stopped.tolist()
+    progress.begin_()
+    progress.add_({"a": nan, "b": nan}, every, ~every)
+    assert all(mean.isnan().all() for mean in progress.mean().values())
