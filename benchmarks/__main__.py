@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import throughput
-from benchmarks.peers import HARDY
+from benchmarks.peers import OURS
 from hardy.bench import report
 from hardy.bench.command import Progress, measure
 from hardy.bench.options import ALL
@@ -43,10 +43,11 @@ def section(rows: list[dict[str, Any]]) -> SectionResult:
         work, speeds = row["work"], {name: found["steps_per_second"] for name, found in row["libraries"].items()}
         group = f"N = {work['num_envs']}, P = {work['population']}, {count_threads(work['threads'])}"
         measurements += [measurement(group, name, "steps/s", speed) for name, speed in speeds.items()]
-        ours = speeds.pop(HARDY.name, [])
-        for name, theirs in speeds.items():
-            if pairs := min(len(ours), len(theirs)):  # a library may have failed after a few repeats
-                ratios.append(ratio(f"{HARDY.name} over {name}; {group}", "higher", ours[:pairs], theirs[:pairs]))
+        own = {library.name: speeds.pop(library.name) for library in OURS if library.name in speeds}
+        for mine, ours in own.items():
+            for peer, theirs in speeds.items():
+                if pairs := min(len(ours), len(theirs)):  # a library may have failed after a few repeats
+                    ratios.append(ratio(f"{mine} over {peer}; {group}", "higher", ours[:pairs], theirs[:pairs]))
     complete = not rows[-1]["interrupted"]
     return SectionResult(name="peers", complete=complete, measurements=tuple(measurements), ratios=tuple(ratios))
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 import venv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Library:
         remarks: what differs from the common work.
         constrained: whether `constraints.txt` holds for the dependencies; otherwise only its version of torch does.
         population: whether it trains a population; others train one agent, of whom members in turn are as fast in all.
+        environment: variables of its process.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Library:
     remarks: str
     constrained: bool = False
     population: bool = False
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 HARDY = Library(
@@ -55,6 +58,10 @@ HARDY = Library(
     "exact resets; AdaptiveUPGD with VGS, normalised observations and rewards; a population is trained as one program",
     population=True,
 )
+PURE = dataclasses.replace(
+    HARDY, name="hardy-pure", remarks="the same without its compiled libraries", environment={"HARDY_COMPILED": "0"}
+)
+OURS = (HARDY, PURE)
 PEERS = (
     Library(
         "sb3-contrib",
@@ -99,7 +106,7 @@ LEFT_OUT = {
     "pufferlib": "3.0.0 downloads raylib and Box2D from GitHub while pip builds it, and its NO_OCEAN=1 ends in a NameError"
 }
 """Libraries that were tried and have no worker, with the reason."""
-LIBRARIES = {library.name: library for library in (HARDY, *PEERS)}
+LIBRARIES = {library.name: library for library in (*OURS, *PEERS)}
 
 
 def wanted(library: Library) -> dict[str, Any]:

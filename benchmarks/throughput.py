@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import HARDY, LEFT_OUT, LIBRARIES, PEERS, ROOT, Library, SkippedError, interpreter
+from benchmarks.peers import LEFT_OUT, LIBRARIES, OURS, PEERS, ROOT, Library, SkippedError, interpreter
 from benchmarks.processes import CommandError, call
 from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
@@ -86,7 +86,7 @@ def measure(library: Library, work: Work, python: Path, limit: float) -> dict[st
     threads = str(work.threads)
     command = [str(python), "-m", f"benchmarks.{library.module}", json.dumps(dataclasses.asdict(work))]
     try:
-        written = call(command, limit, ROOT, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads})
+        written = call(command, limit, ROOT, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **library.environment})
     except CommandError as error:
         raise SkippedError(str(error)) from None
     lines = [line for line in written.splitlines() if line.startswith("{")]
@@ -159,7 +159,8 @@ def compare(
 
     Returns:
         What JSON can hold: ``work``, ``libraries`` (name: version, weights, remarks, steps_per_second, median, …), ``ratios``
-        of Hardy to each peer (name: of_medians, lowest, highest), ``skipped`` (name: reason), ``interrupted``.
+        of Hardy, with and without its compiled libraries, to each peer (name of `OURS`: name: of_medians, lowest, highest),
+        ``skipped`` (name: reason), ``interrupted``.
     """
     iterations = max(steps // (num_envs * Work.num_steps * population), 2)
     work = Work(num_envs, threads, iterations, seed=0, quantiles=quantiles, population=population)
@@ -186,7 +187,11 @@ def compare(
     return {
         "work": {key: value for key, value in dataclasses.asdict(work).items() if key != "seed"},
         "libraries": done,
-        "ratios": {n: ratio(speeds[HARDY.name], speeds[n]) for n in done if n != HARDY.name and HARDY.name in done},
+        "ratios": {
+            ours.name: {peer.name: ratio(speeds[ours.name], speeds[peer.name]) for peer in PEERS if peer.name in done}
+            for ours in OURS
+            if ours.name in done
+        },
         "skipped": skipped,
         "interrupted": interrupted,
     }
@@ -221,8 +226,9 @@ def report(result: dict[str, Any]) -> str:
     for name, row in sorted(result["libraries"].items(), key=lambda item: -item[1]["median"]):
         line = f"  {name:15s} {row['version']:8s} {row['weights']:8,d} weights {row['median']:9,.0f}"
         line += f" ({row['lowest']:,.0f} to {row['highest']:,.0f})"
-        if name in result["ratios"]:
-            line += "   Hardy: {of_medians:.2f} times ({lowest:.2f} to {highest:.2f})".format(**result["ratios"][name])
+        for ours, ratios in result["ratios"].items():
+            if name in ratios:
+                line += f"   {ours}: " + "{of_medians:.2f} times ({lowest:.2f} to {highest:.2f})".format(**ratios[name])
         lines += [line, f"  {'':15s} {row['remarks']}"]
     lines += [f"  {name:15s} left out: {reason}" for name, reason in result["skipped"].items()]
     if result["interrupted"]:
@@ -245,7 +251,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     peers = ", ".join(peer.name for peer in PEERS)
-    parser.add_argument("--only", nargs="+", choices=LIBRARIES, help=f"libraries to measure (all: hardy, {peers})")
+    parser.add_argument("--only", nargs="+", choices=LIBRARIES, help=f"libraries to measure (all: hardy, hardy-pure, {peers})")
     parser.add_argument("--envs", type=positive, nargs="+", default=[8, 64], help="environments N (8 64)")
     parser.add_argument("--population", type=positive, default=1, help="agents, where a library trains several (1)")
     parser.add_argument("--threads", type=positive, default=2, help="threads per process (2)")

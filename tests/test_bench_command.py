@@ -353,7 +353,11 @@ def compare(num_envs, *, population, progress, threads=2):
     progress("a line")
     return {{
         "work": {{"num_envs": num_envs, "population": population, "threads": threads}},
-        "libraries": {{"hardy": library("hardy", 2.0, 3.0, 4.0), "slow": library("slow", 1.0, 1.0)}},
+        "libraries": {{
+            "hardy": library("hardy", 2.0, 3.0, 4.0),
+            "hardy-pure": library("hardy-pure", 1.5, 2.5, 3.5),
+            "slow": library("slow", 1.0, 1.0),
+        }},
         "ratios": {{}},
         "skipped": {{"missing": "why"}},
         "interrupted": len(sizes) == {interrupted_at},
@@ -375,8 +379,11 @@ def test_make_bench_saves_the_sections_and_the_peers(tmp_path: Path) -> None:
     ]
     assert ran.stdout.count("missing         left out: why") == 3
     (section,) = found.sections
-    assert (section.name, section.complete, len(section.measurements)) == ("peers", True, 6)
-    assert [one.name for one in section.ratios][2:] == ["hardy over slow; N = 8, P = 8, 2 threads"]
+    assert (section.name, section.complete, len(section.measurements)) == ("peers", True, 9)
+    assert [one.name for one in section.ratios][4:] == [
+        "hardy over slow; N = 8, P = 8, 2 threads",
+        "hardy-pure over slow; N = 8, P = 8, 2 threads",
+    ]
     assert section.ratios[0].repeats == (2.0, 3.0)
     assert "hardy over slow; N = 64, P = 1, 2 threads" in (tmp_path / "bench.md").read_text()
     assert (tmp_path / "peers.png").exists()
@@ -387,4 +394,4 @@ def test_an_interrupted_make_bench_keeps_the_peers_it_has(tmp_path: Path) -> Non
     ran = make_bench(tmp_path, interrupted_at=2)
     assert ran.returncode == 130, ran.stderr
     (section,) = load(tmp_path / "bench.json").sections
-    assert (section.complete, len(section.ratios)) == (False, 2)
+    assert (section.complete, len(section.ratios)) == (False, 4)

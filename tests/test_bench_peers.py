@@ -150,7 +150,20 @@ def test_every_library_has_a_worker_a_pinned_version_and_remarks() -> None:
         assert (peers.ROOT / "benchmarks" / f"{library.module}.py").is_file()
         assert library.remarks
         assert all("==" in requirement for requirement in library.requirements)
-    assert list(LIBRARIES)[:2] == ["hardy", "sb3-contrib"]
+    assert list(LIBRARIES)[:3] == ["hardy", "hardy-pure", "sb3-contrib"]
+
+
+def test_hardy_is_measured_without_its_compiled_libraries_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str | None] = []
+
+    def worker(command: list[str], limit: float, folder: Path, environment: dict[str, str]) -> str:
+        given.append(environment.get("HARDY_COMPILED"))
+        return json.dumps(reported(HARDY, Work(**json.loads(command[-1]))))
+
+    monkeypatch.setattr(throughput, "call", worker)
+    for name in ("hardy", "hardy-pure"):
+        measure(LIBRARIES[name], WORK, Path("python"), 1.0)
+    assert given == [None, "0"]
 
 
 # -------------------------------------------------------------------------------------------------------------- compare
@@ -161,16 +174,20 @@ def test_libraries_take_turns_and_each_repeat_has_a_seed_of_its_own(measured: Ca
 
     def worker(library: Library, work: Work, *_: Any) -> dict[str, Any]:
         order.append((library.name, work.seed))
-        return reported(library, work, speed=(600.0 if library is HARDY else 100.0) + work.seed)
+        return reported(library, work, speed={"hardy": 600.0, "hardy-pure": 300.0, "rllib": 100.0}[library.name] + work.seed)
 
     measured(worker)
-    result = compare(8, repeats=2, steps=4096, libraries=["hardy", "rllib"], progress=lambda line: None)
-    assert order == [("hardy", 0), ("rllib", 0), ("hardy", 1), ("rllib", 1)]
+    names = ["hardy", "hardy-pure", "rllib"]
+    result = compare(8, repeats=2, steps=4096, libraries=names, progress=lambda line: None)
+    assert order == [(name, seed) for seed in (0, 1) for name in names]
     assert result["work"]["iterations"] == 4
     assert result["libraries"]["rllib"]["steps_per_second"] == [100.0, 101.0]
-    assert result["ratios"] == {"rllib": ratio([600.0, 601.0], [100.0, 101.0])}
+    assert result["ratios"] == {
+        "hardy": {"rllib": ratio([600.0, 601.0], [100.0, 101.0])},
+        "hardy-pure": {"rllib": ratio([300.0, 301.0], [100.0, 101.0])},
+    }
     assert json.loads(json.dumps(result)) == result
-    assert "Hardy: 5.98 times (5.95 to 6.00)" in report(result)
+    assert "hardy: 5.98 times (5.95 to 6.00)   hardy-pure: 2.99 times (2.98 to 3.00)" in report(result)
 
 
 def test_a_library_that_fails_is_left_out_from_there_on(measured: Callable[..., None]) -> None:
@@ -196,7 +213,7 @@ def test_ctrl_c_keeps_what_is_done(measured: Callable[..., None]) -> None:
     result = compare(8, repeats=3, libraries=["hardy", "rllib"], progress=lambda line: None)
     assert result["interrupted"]
     assert [len(row["steps_per_second"]) for row in result["libraries"].values()] == [2, 1]
-    assert result["ratios"]["rllib"]["of_medians"] == 1.0
+    assert result["ratios"]["hardy"]["rllib"]["of_medians"] == 1.0
     assert "interrupted" in report(result)
 
 
