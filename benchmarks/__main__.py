@@ -17,9 +17,13 @@ from typing import Any
 from benchmarks import throughput
 from benchmarks.peers import OURS
 from hardy.bench import report
-from hardy.bench.command import Progress, measure
+from hardy.bench.command import FAILED, Progress, measure
+from hardy.bench.machine import OthersLoad
 from hardy.bench.options import ALL
 from hardy.bench.results import SectionResult, count_threads, measurement, ratio, save
+from hardy.bench.work import BenchError
+from hardy.config import ConfigError
+from hardy.console import print_error
 from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
 SIZES = ((8, 1), (64, 1), (8, 8))
@@ -36,8 +40,12 @@ def peers() -> Iterator[dict[str, Any]]:
             return
 
 
-def section(rows: list[dict[str, Any]]) -> SectionResult:
-    """The comparison as a section: what `hardy bench --compare` and the pictures take."""
+def section(rows: list[dict[str, Any]], others: float | None) -> SectionResult:
+    """The comparison as a section: what `hardy bench --compare` and the pictures take.
+
+    Args:
+        others: share of the machine's processor time that other programs took meanwhile.
+    """
     measurements, ratios = [], []
     for row in rows:
         work, speeds = row["work"], {name: found["steps_per_second"] for name, found in row["libraries"].items()}
@@ -49,7 +57,7 @@ def section(rows: list[dict[str, Any]]) -> SectionResult:
                 if pairs := min(len(ours), len(theirs)):  # a library may have failed after a few repeats
                     ratios.append(ratio(f"{mine} over {peer}; {group}", "higher", ours[:pairs], theirs[:pairs]))
     complete = not rows[-1]["interrupted"]
-    return SectionResult(name="peers", complete=complete, measurements=tuple(measurements), ratios=tuple(ratios))
+    return SectionResult(name="peers", complete=complete, others=others, measurements=tuple(measurements), ratios=tuple(ratios))
 
 
 @sigterm_as_ctrl_c()
@@ -57,15 +65,20 @@ def main() -> None:
     """Measure the sections, then the peers; what is done is saved at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    with Progress() as progress:
-        result, folder, interrupted = measure(ALL, {}, throughput.RESULTS, progress.aside(print), progress.say)
+    try:
+        with Progress() as progress:
+            result, folder, interrupted = measure(ALL, {}, throughput.RESULTS, progress.aside(print), progress.say)
+    except (BenchError, ConfigError) as error:
+        print_error(str(error))
+        sys.exit(FAILED)
     if interrupted:
         sys.exit(INTERRUPTED)
     rows: list[dict[str, Any]] = []
+    load = OthersLoad()
     for row in peers():
         rows.append(row)
         known = {"machine": throughput.machine(), "rows": rows}
-        found = section(rows)
+        found = section(rows, load.share())
         sections = (*result.sections, found) if found.measurements else result.sections
         grown = result.model_copy(update={"sections": sections, "peers": known})
         path = save(grown, folder)

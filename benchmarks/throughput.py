@@ -98,7 +98,7 @@ def measure(library: Library, work: Work, python: Path, limit: float) -> dict[st
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Our speed over theirs: of the medians, and the range over paired repeats.
+    """Our speed over theirs in paired repeats, as in `hardy.bench.results.ratio`: the median and the range.
 
     A repeat that only one of them has finished belongs to no pair.
 
@@ -108,7 +108,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     pairs = [mine / other for mine, other in zip(ours, theirs, strict=False)]
     if not pairs:
         raise ValueError(f"no pair of repeats: {len(ours)} and {len(theirs)}")
-    return {"of_medians": statistics.median(ours) / statistics.median(theirs), "lowest": min(pairs), "highest": max(pairs)}
+    return {"median": statistics.median(pairs), "lowest": min(pairs), "highest": max(pairs)}
 
 
 def summary(library: Library, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def compare(
 
     Returns:
         What JSON can hold: ``work``, ``libraries`` (name: version, weights, remarks, steps_per_second, median, …), ``ratios``
-        of Hardy, with and without its compiled libraries, to each peer (name of `OURS`: name: of_medians, lowest, highest),
+        of Hardy, with and without its compiled libraries, to each peer (name of `OURS`: name: median, lowest, highest),
         ``skipped`` (name: reason), ``interrupted``.
     """
     iterations = max(steps // (num_envs * Work.num_steps * population), 2)
@@ -228,7 +228,7 @@ def report(result: dict[str, Any]) -> str:
         line += f" ({row['lowest']:,.0f} to {row['highest']:,.0f})"
         for ours, ratios in result["ratios"].items():
             if name in ratios:
-                line += f"   {ours}: " + "{of_medians:.2f} times ({lowest:.2f} to {highest:.2f})".format(**ratios[name])
+                line += f"   {ours}: " + "{median:.2f} times ({lowest:.2f} to {highest:.2f})".format(**ratios[name])
         lines += [line, f"  {'':15s} {row['remarks']}"]
     lines += [f"  {name:15s} left out: {reason}" for name, reason in result["skipped"].items()]
     if result["interrupted"]:
@@ -250,8 +250,7 @@ def positive(text: str) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    peers = ", ".join(peer.name for peer in PEERS)
-    parser.add_argument("--only", nargs="+", choices=LIBRARIES, help=f"libraries to measure (all: hardy, hardy-pure, {peers})")
+    parser.add_argument("--only", nargs="+", choices=LIBRARIES, help=f"libraries to measure (all: {', '.join(LIBRARIES)})")
     parser.add_argument("--envs", type=positive, nargs="+", default=[8, 64], help="environments N (8 64)")
     parser.add_argument("--population", type=positive, default=1, help="agents, where a library trains several (1)")
     parser.add_argument("--threads", type=positive, default=2, help="threads per process (2)")

@@ -176,6 +176,13 @@ def test_other_machines_are_told() -> None:
     assert any("different machines" in line for line in comparison_lines(comparison))
 
 
+def test_a_result_without_the_compiled_libraries_is_told() -> None:
+    pure = MACHINE.model_copy(update={"compiled": False})
+    lines = comparison_lines(compare(result_of(ratio_of("a", 1.0)), result_of(ratio_of("a", 1.0), machine=pure)))
+    assert "Only one of the results was measured with Hardy's compiled libraries." in lines
+    assert not any("different machines" in line for line in lines)
+
+
 def test_a_comparison_shows_old_new_and_what_got_worse() -> None:
     old = result_of(ratio_of("a", 2.0), ratio_of("b", 1.0, "lower"), ratio_of("c", 1.0))
     lines = comparison_lines(compare(old, result_of(ratio_of("a", 1.0), ratio_of("b", 0.5, "lower"))))
@@ -185,7 +192,7 @@ def test_a_comparison_shows_old_new_and_what_got_worse() -> None:
     ]  # fmt: skip
     assert sum("REGRESSION" in line for line in lines) == 1
     assert lines[-1] == "1 of 2 ratios got worse by more than 10%."
-    assert "lacks them: 1 ratios" in lines[-2]
+    assert "lacks them: 1 ratios of recurrence." in lines[-2]
     assert comparison_lines(compare(old, old))[-1] == "No ratio of 3 got worse by more than 10%."
 
 

@@ -237,6 +237,14 @@ def test_scaling_changes_one_thing_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     assert [found.median for found in unroll.ratios] == [1.0] * 5
 
 
+def test_threads_are_measured_where_there_is_little_to_do_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Trained(monkeypatch, scaling)
+    monkeypatch.setattr(scaling, "available_cores", lambda: 2)
+    *_, many, few = parts(scaling.measure, repeats=1)
+    assert [found.name for found in (*many.ratios, *few.ratios)] == ["2 over 1; threads, N = 64", "2 over 1; threads, N = 8"]
+    assert {one.num_envs for one in trained.asked} == {64, 8}
+
+
 def test_memory_is_compared_with_imports_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = Trained(monkeypatch, memory)
     monkeypatch.setattr(memory, "peak_of_imports", lambda: 50.0)

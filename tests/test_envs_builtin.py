@@ -345,6 +345,20 @@ def test_only_ended_rows_are_reset_and_results_stay_with_the_caller() -> None:
         np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.parametrize("task", ["CartPole-v1", "MountainCar-v0"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_discrete_actions_may_be_of_any_integer_type(task: str, dtype: type, backend: str) -> None:
+    found = []
+    for kind in (np.int64, dtype):
+        env = make(EnvSettings(id=task, num_envs=2, backend=backend), [0])
+        env.reset()
+        for _ in range(3):
+            step = env.step(np.array([0, 1], dtype=kind))
+        found.append(step.obs)
+    np.testing.assert_array_equal(*found)
+
+
 def test_actions_that_do_not_fit_are_refused() -> None:
     pole, pendulum = build("CartPole-v1", [0], 3), build("Pendulum-v1", [0], 3)
     pole.reset()

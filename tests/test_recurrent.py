@@ -182,6 +182,26 @@ def test_a_reset_leaves_nothing_behind(kind):
                 assert found[0].isfinite().all()
 
 
+def test_no_graph_is_made_without_gradients_nor_across_threads(path, monkeypatch):
+    if path != "torch":
+        pytest.skip("what PyTorch's kernels are called with")
+    made, kernel = [], recurrent._kernel
+
+    def watched(kind, rows, *rest):
+        made.append((torch.is_grad_enabled(), rows.is_leaf, rows.requires_grad))
+        return kernel(kind, rows, *rest)
+
+    monkeypatch.setattr(recurrent, "_kernel", watched)
+    module, x = make("lstm", 2, 5, 7, 2), torch.randn(2, 11, 3, 5, requires_grad=True)
+    given = x, torch.randn(2, 3, module.state_size), torch.rand(2, 11, 3) < 0.2
+    module(*given)
+    assert made and set(made) == {(True, True, True)}
+    made.clear()
+    with torch.no_grad():
+        module(*given)
+    assert made and set(made) == {(False, True, False)}
+
+
 def test_members_do_not_see_one_another():
     module = make("lstm", 3, 5, 7, 1)
     x, state = torch.randn(3, 11, 2, 5), torch.randn(3, 2, module.state_size)

@@ -19,7 +19,7 @@ HYPER, KEYS = "hyper.", "keys"
 class Progress:
     """Which members still train in this update, and the mean of each metric over the minibatches that each trained on.
 
-    Its tensors keep their addresses, through `begin_` too.
+    Its tensors keep their addresses, through `begin_` too, once every metric has been seen.
 
     Args:
         like: a tensor on the device and of the precision that the sums shall have.

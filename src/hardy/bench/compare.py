@@ -43,11 +43,13 @@ class Comparison:
         changes: of every ratio that both have, in the new result's order.
         missing: names of the ratios that one of them lacks.
         machines_differ: whether they were measured on different processors or numbers of cores.
+        compiled_differs: whether only one of them was measured with Hardy's compiled libraries.
     """
 
     changes: tuple[Change, ...]
     missing: tuple[str, ...]
     machines_differ: bool
+    compiled_differs: bool
 
     @property
     def regressions(self) -> list[Change]:
@@ -70,6 +72,7 @@ def compare(old: Result, new: Result) -> Comparison:
         changes=tuple(Change(key[0], before[key], after[key]) for key in shared),
         missing=tuple(missing),
         machines_differ=(old.machine.processor, old.machine.cores) != (new.machine.processor, new.machine.cores),
+        compiled_differs=old.machine.compiled != new.machine.compiled,
     )
 
 

@@ -72,8 +72,11 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     lines = table(["ratio", "old", "new", "new/old", "better", ""], rows)
     if comparison.machines_differ:
         lines.append("The results come from different machines, whose ratios may differ by themselves.")
+    if comparison.compiled_differs:
+        lines.append("Only one of the results was measured with Hardy's compiled libraries.")
     if comparison.missing:
-        lines.append(f"Not compared, because one of the results lacks them: {len(comparison.missing)} ratios.")
+        sections = ", ".join(sorted({name.split(":")[0] for name in comparison.missing}))
+        lines.append(f"Not compared, because one of the results lacks them: {len(comparison.missing)} ratios of {sections}.")
     count = len(comparison.regressions)
     if count:
         lines.append(f"{count} of {len(rows)} ratios got worse by more than {TOLERANCE:.0%}.")

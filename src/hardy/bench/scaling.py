@@ -14,6 +14,8 @@ HIDDEN = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Times the common work's width."""
 STEPS = (16, 32, 64, 128, 256, 512)
 ENVS = (64,)
+FEW_ENVS = 8
+"""For the threads once more: where there is little to do, a second one is most likely to cost more than it gives."""
 
 
 def series(envs: int, options: Options) -> dict[str, dict[int, Work]]:
@@ -32,24 +34,25 @@ def series(envs: int, options: Options) -> dict[str, dict[int, Work]]:
 def measure(options: Options, say: Say) -> Iterator[Part]:
     """One part for each number of environments and series; every training runs in a fresh process, the values taking turns."""
     repeats = options.repeats or 3
-    for envs in options.envs or ENVS:
-        for what, works in series(envs, options).items():
-            speeds: dict[int, list[float]] = {value: [] for value in works}
-            for repeat in range(repeats):
-                for value, work in works.items():
-                    say(f"N = {envs}, {what} {value}: repeat {repeat + 1} of {repeats}")
-                    speeds[value].append(train_in_fresh_process(work).steps_per_second)
-            threads = next(iter(works.values())).threads
-            group = f"{what}, N = {envs}" + ("" if what == "threads" else f", {count_threads(threads)}")
-            # The common work itself is the measure; of the threads, one.
-            base = {"hidden size": options.hidden, "unroll": 128, "threads": 1}[what]
-            yield Part(
-                measurements=tuple(
-                    measurement(group, str(value), "steps/s", speed, x=value) for value, speed in speeds.items()
-                ),
-                ratios=tuple(
-                    ratio(f"{value} over {base}; {group}", "higher", speed, speeds[base])
-                    for value, speed in speeds.items()
-                    if value != base
-                ),
-            )
+    chosen = [(envs, what) for envs in options.envs or ENVS for what in series(envs, options)]
+    if options.envs is None:
+        chosen.append((FEW_ENVS, "threads"))
+    for envs, what in chosen:
+        works = series(envs, options)[what]
+        speeds: dict[int, list[float]] = {value: [] for value in works}
+        for repeat in range(repeats):
+            for value, work in works.items():
+                say(f"N = {envs}, {what} {value}: repeat {repeat + 1} of {repeats}")
+                speeds[value].append(train_in_fresh_process(work).steps_per_second)
+        threads = next(iter(works.values())).threads
+        group = f"{what}, N = {envs}" + ("" if what == "threads" else f", {count_threads(threads)}")
+        # The common work itself is the measure; of the threads, one.
+        base = {"hidden size": options.hidden, "unroll": 128, "threads": 1}[what]
+        yield Part(
+            measurements=tuple(measurement(group, str(value), "steps/s", speed, x=value) for value, speed in speeds.items()),
+            ratios=tuple(
+                ratio(f"{value} over {base}; {group}", "higher", speed, speeds[base])
+                for value, speed in speeds.items()
+                if value != base
+            ),
+        )

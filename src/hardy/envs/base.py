@@ -141,7 +141,7 @@ def as_actions(actions: Shaped[np.ndarray, "N ..."], space: Discrete | Box, num_
             )
         if actions.min() < 0 or actions.max() >= space.n:
             raise ValueError(f"actions range from {actions.min()} to {actions.max()}: {space} takes 0 to {int(space.n) - 1}")
-        return actions + space.start if space.start else actions
+        return actions.astype(np.int64, copy=False) + space.start  # an unsigned action would wrap around in arithmetic
     size = int(np.prod(space.shape))
     if actions.shape[:1] != (num_envs,) or actions.size != num_envs * size:
         raise ValueError(f"actions have shape {actions.shape}: {space} takes {(num_envs, *space.shape)}")

@@ -152,7 +152,7 @@ class StackedRecurrent(nn.Module):
         output = inputs
         for layer in range(self.layers):
             initial = torch.stack(parts[layer :: self.layers], dim=1)
-            given = (self.kind, workers, tasks, output, initial, *self.layer_weights(layer))
+            given = (self.kind, torch.is_grad_enabled(), workers, tasks, output, initial, *self.layer_weights(layer))
             output = _FusedLayer.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         return output if spoiled is None else output.masked_fill(spoiled.unsqueeze(-1), torch.nan)
 
@@ -160,7 +160,10 @@ class StackedRecurrent(nn.Module):
 def _spoiled(
     inputs: Float[Tensor, "P T E I"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
 ) -> Bool[Tensor, "P T E"] | None:
-    """Steps whose episode saw something not finite before or then, if there are any: 0 times that would not be a reset."""
+    """Steps whose episode saw something not finite before or then, if there are any: 0 times that would not be a reset.
+
+    What is not finite counts as NaN there. That it costs the member its update, the gradients of the heads show.
+    """
     if bool(inputs.sum().isfinite()) and bool(state.sum().isfinite()):
         return None
     bad, spoiled = ~inputs.isfinite().all(-1), ~state.isfinite().all(-1)
@@ -223,10 +226,11 @@ class _FusedLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kind: CellKind, workers: WorkerPool, tasks: list[_Task], inputs: Tensor, initial: Tensor, weight_ih: Tensor,
-        weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor,
+        ctx: Any, kind: CellKind, grad_enabled: bool, workers: WorkerPool, tasks: list[_Task], inputs: Tensor, initial: Tensor,
+        weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor,
     ) -> Tensor:  # fmt: skip
-        wanted = any(ctx.needs_input_grad)
+        wanted = grad_enabled and any(ctx.needs_input_grad)
+        inputs = inputs.detach()  # other threads would record what they do with it
         leaves = [
             [
                 tensor.detach().requires_grad_(wanted)
@@ -272,4 +276,4 @@ class _FusedLayer(torch.autograd.Function):
             else:
                 by_member[task.member] = grads
         del ctx.graphs
-        return (None, None, None, grad_inputs, None, *(torch.stack(grads) for grads in zip(*by_member, strict=True)))
+        return (None, None, None, None, grad_inputs, None, *(torch.stack(grads) for grads in zip(*by_member, strict=True)))

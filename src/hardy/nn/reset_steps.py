@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 CLOSED = -1e9
-"""What a gate sees at a reset step: beyond anything that weights can add to it, and still finite."""
+"""What a gate sees at a reset step: beyond what weights of any size in use can add to it, and finite."""
 LENGTHS = 8
 """Rows are as long as a multiple of this: the first call with a new length costs as much as hundreds of steps."""
 GATES: dict[str, int] = {"lstm": 4, "gru": 3}
