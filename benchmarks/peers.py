@@ -33,7 +33,8 @@ class Library:
         name: on the command line and in results.
         package: whose version is the library's.
         module: of the worker, in `benchmarks`.
-        requirements: for pip; none means the environment of the caller, which is Hardy's own.
+        requirements: for pip, torch of the version in `constraints.txt`; none means the environment of the caller, which is
+            Hardy's own.
         remarks: what differs from the common work.
         constrained: whether `constraints.txt` holds for the dependencies; otherwise only its version of torch does.
         population: whether it trains a population; others train one agent, of whom members in turn are as fast in all.
@@ -98,7 +99,7 @@ PEERS = (
         "rllib",
         "ray",
         "peer_rllib",
-        ("ray[rllib]==2.60.0",),
+        ("ray[rllib]==2.60.0", "torch"),
         "exact resets, by splitting and padding; environments and learner in one process",
     ),
 )

@@ -147,7 +147,7 @@ def test_every_library_has_a_worker_a_pinned_version_and_remarks() -> None:
     for library in LIBRARIES.values():
         assert (peers.ROOT / "benchmarks" / f"{library.module}.py").is_file()
         assert library.remarks
-        assert all("==" in requirement for requirement in library.requirements)
+        assert all("==" in requirement for requirement in library.requirements if requirement != "torch")
     assert list(LIBRARIES)[:3] == ["hardy", "hardy-pure", "sb3-contrib"]
 
 

@@ -163,6 +163,7 @@ def collect(
     _count_episodes(state, outcomes)
     # An observation that was not finite would otherwise stay in the memory until its episode ends.
     reset_memory_(state, ~recurrent.isfinite().all(-1))
+    # Together at the end: writing each step into prepared buffers takes twice the time.
     raw_obs, is_first, actions, outputs, critic = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
     reward, terminated, truncated, valid = (
         torch.from_numpy(np.stack([getattr(outcome, name) for outcome in outcomes])).view(steps, members, envs).transpose(0, 1)
