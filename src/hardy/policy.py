@@ -18,7 +18,7 @@ from hardy.nn import compiled_step
 from hardy.nn.compiled_step import CompiledStep
 from hardy.nn.distributions import ActionDistribution, action_noise, distribution_head_size, make_distribution
 from hardy.nn.linear import Activation, StackedLinear, StackedMLP
-from hardy.nn.packed_step import OBSERVATION, PackedStep
+from hardy.nn.packed_step import OBSERVATION, PackedStep, PolicyStep
 from hardy.nn.recurrent import StackedRecurrent
 from hardy.ops.categorical import FIRST_SUPPORT
 from hardy.ops.critic import Critic, CriticSettings
@@ -181,7 +181,7 @@ class ActorCritic(nn.Module):
         settings = self.settings
         if settings.memory == "gru" or settings.layer_norm:
             return self.step_outputs
-        step: CompiledStep | PackedStep = PackedStep()
+        step: PolicyStep = PackedStep()
         if compiled_step.available() and self.dtype is torch.float32 and self.device.type == "cpu":
             step = CompiledStep(members, envs, self.state_size, pool().threads)
         features, state_at = [], 0

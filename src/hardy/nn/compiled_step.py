@@ -10,14 +10,15 @@ import ctypes
 import functools
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
-from hardy.nn.linear import StackedLinear, StackedMLP
+from hardy.nn.linear import StackedLinear
+from hardy.nn.packed_step import PolicyStep
 from hardy.nn.recurrent import StackedRecurrent
 
 VERSION = 1
@@ -55,7 +56,7 @@ def available() -> bool:
     return switched_on() and _library() is not None
 
 
-class CompiledStep:
+class CompiledStep(PolicyStep):
     """Layers in the order of computation, added one by one, then called with the weights they had when `pack` was called.
 
     Args:
@@ -79,18 +80,9 @@ class CompiledStep:
         self._results: list[Tensor] = []
 
     def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
-        """A linear layer on the output of the layer ``source``; returns its own number."""
         return self._add(activation, source, [linear.weight, linear.bias])
 
-    def add_mlp(self, source: int, mlp: StackedMLP) -> int:
-        """All layers of a multilayer perceptron without layer norm; returns the number of the last (``source`` without any)."""
-        for linear in mlp.linears:
-            assert isinstance(linear, StackedLinear)
-            source = self.add_linear(source, linear, mlp.activation)
-        return source
-
     def add_lstm(self, source: int, memory: StackedRecurrent, state_at: int) -> int:
-        """The cells of an LSTM whose state begins at ``state_at``; returns the number of the last."""
         for layer in range(memory.layers):
             weight_ih, weight_hh, bias_ih, bias_hh = memory.layer_weights(layer)
             hidden_at, cell_at = (state_at + vector * memory.hidden_size for vector in (layer, memory.layers + layer))
@@ -114,8 +106,7 @@ class CompiledStep:
         self._outputs.append(output)
         return len(self._layers) - 1
 
-    def pack(self, actor: int, *critics: int) -> CompiledStep:
-        """Take the weights as they are now, for steps that return the outputs of these linear layers."""
+    def pack(self, actor: int, *critics: int) -> Self:
         work = self.envs * sum(layer.panel_stride for layer in self._layers)
         useful = max(1, min(self.threads, self.members * work // SMALLEST_PART))
         parts = min(self.envs, math.ceil(useful / self.members))
@@ -142,7 +133,7 @@ class CompiledStep:
     def __call__(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
     ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
-        """The actor's outputs, the critics' side by side, and the state after this step, reset first where ``is_first``.
+        """As `PolicyStep`.
 
         Raises:
             ValueError: a tensor has another shape or type than the weights want.

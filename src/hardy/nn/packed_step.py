@@ -7,7 +7,9 @@ weights are transposed beforehand, and the three gates with a sigmoid lie side b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,23 +27,16 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Input, state before and state after the step (written by LSTM cells) to output."""
 
 
-class PackedStep:
-    """Layers in the order of computation, added one by one with the weights of that moment; without gradients."""
+class PolicyStep(ABC):
+    """A time step of a policy, made layer by layer in the order of computation, then called for many steps."""
 
-    def __init__(self) -> None:
-        self._layers: list[tuple[int, Layer]] = []
-        self._results: list[int] = []
-
-    def add_linear(self, source: int, linear: StackedLinear, activation: str | None = None) -> int:
+    @abstractmethod
+    def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
         """A linear layer on the output of the layer ``source``; returns its own number."""
-        weight, bias = _packed(linear.weight), linear.bias.detach().unsqueeze(1).clone()
-        bend = None if activation is None else ACTIVATIONS[activation]
 
-        def layer(inputs: Tensor, before: Tensor, after: Tensor) -> Tensor:
-            outputs = torch.baddbmm(bias, inputs, weight)
-            return outputs if bend is None else bend(outputs)
-
-        return self._add(source, layer)
+    @abstractmethod
+    def add_lstm(self, source: int, memory: StackedRecurrent, state_at: int) -> int:
+        """The cells of an LSTM whose state begins at ``state_at``; returns the number of the last."""
 
     def add_mlp(self, source: int, mlp: StackedMLP) -> int:
         """All layers of a multilayer perceptron without layer norm; returns the number of the last (``source`` without any)."""
@@ -50,8 +45,35 @@ class PackedStep:
             source = self.add_linear(source, linear, mlp.activation)
         return source
 
+    @abstractmethod
+    def pack(self, actor: int, *critics: int) -> Self:
+        """Take the weights as they are now, for steps that return the outputs of these linear layers."""
+
+    @abstractmethod
+    def __call__(
+        self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
+    ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
+        """The actor's outputs, the critics' side by side, and the state after this step, reset first where ``is_first``."""
+
+
+class PackedStep(PolicyStep):
+    """By PyTorch's operations, without gradients; a layer has the weights of the moment it was added."""
+
+    def __init__(self) -> None:
+        self._layers: list[tuple[int, Layer]] = []
+        self._results: list[int] = []
+
+    def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
+        weight, bias = _packed(linear.weight), linear.bias.detach().unsqueeze(1).clone()
+        bend = None if activation == "linear" else ACTIVATIONS[activation]
+
+        def layer(inputs: Tensor, before: Tensor, after: Tensor) -> Tensor:
+            outputs = torch.baddbmm(bias, inputs, weight)
+            return outputs if bend is None else bend(outputs)
+
+        return self._add(source, layer)
+
     def add_lstm(self, source: int, memory: StackedRecurrent, state_at: int) -> int:
-        """The cells of an LSTM whose state begins at ``state_at``; returns the number of the last."""
         for layer in range(memory.layers):
             begins = (state_at + vector * memory.hidden_size for vector in (layer, memory.layers + layer))
             hidden, cell = (slice(begin, begin + memory.hidden_size) for begin in begins)
@@ -62,8 +84,7 @@ class PackedStep:
         self._layers.append((source, layer))
         return len(self._layers) - 1
 
-    def pack(self, actor: int, *critics: int) -> PackedStep:
-        """For steps that return the outputs of these layers."""
+    def pack(self, actor: int, *critics: int) -> Self:
         self._results = [actor, *critics]
         return self
 
@@ -71,7 +92,6 @@ class PackedStep:
     def __call__(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
     ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
-        """The actor's outputs, the critics' side by side, and the state after this step, reset first where ``is_first``."""
         before, after = state.masked_fill(is_first.unsqueeze(-1), 0.0), torch.empty_like(state)
         outputs: list[Tensor] = []
         for source, layer in self._layers:
