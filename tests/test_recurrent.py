@@ -182,9 +182,9 @@ def test_a_reset_leaves_nothing_behind(kind):
                 assert found[0].isfinite().all()
 
 
-def test_no_graph_is_made_without_gradients_nor_across_threads(path, monkeypatch):
-    if path != "torch":
-        pytest.skip("what PyTorch's kernels are called with")
+def test_no_graph_is_made_without_gradients_nor_across_threads(monkeypatch):
+    monkeypatch.setenv("HARDY_COMPILED", "0")
+    monkeypatch.setattr(recurrent, "STEPPED", ("cuda",))
     made, kernel = [], recurrent._kernel
 
     def watched(kind, rows, *rest):
