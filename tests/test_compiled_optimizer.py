@@ -58,6 +58,7 @@ class Run:
         for name, values in {
             "optimizer.lr": [0.01, 0.03, 0.05], "optimizer.sigma": [0.05, 0.0, 0.1], "vgs.beta": [0.9, 0.8, 0.3],
             "optimizer.max_grad_norm": [0.5, 500.0, 60.0], "optimizer.step_factor": [1.0, 2.0, 1.5],
+            "optimizer.weight_decay": [0.1, 0.0, 0.3],
         }.items():  # fmt: skip
             self.hyper[name] = torch.tensor(values)[members]
         self.noise = MemberGenerators(members, "noise")
