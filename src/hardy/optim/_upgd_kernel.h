@@ -57,72 +57,100 @@ INLINE Vector lerp(Vector from, Vector to, float weight) {
 INLINE Vector one_plus_exp2(Vector x) {
     x = LARGER(all(-86.0f), x);
     x = SMALLER(all(86.0f), x);
-    const float round = 12582912.0f;  // 1.5 * 2^23: the sum's last bits are the rounded number
+    const float round = 12582912.0f + 127.0f;  // 1.5 * 2^23: the sum's last bits are the rounded number, biased as an exponent
     const Vector shifted = x + round;
     const Vector f = x - (shifted - round);
     Vector sum = f * 0.00132647269f + 0.00967151266f;
     sum = sum * f + 0.0555073374f;
     sum = sum * f + 0.240222421f;
     sum = sum * f + 0.693146978f;
-    const Vector power = (Vector)(((Integers)shifted << 23) + 0x3f800000);
+    const Vector power = (Vector)((Integers)shifted << 23);
     return power * (sum * f) + (power + 1.0f);
 }
 
 // -2 ln x for 0 < x < infinity and not denormal.
 INLINE Vector minus_two_log(Vector x) {
     const Integers bits = (Integers)x;
-    // The exponent of x / sqrt(1/2), rounded down, leaves a mantissa in [sqrt(1/2), sqrt(2)).
-    const Integers exponent = (bits - 0x3f3504f3) >> 23;
-    const Vector f = (Vector)(bits - (exponent << 23)) - 1.0f;
-    Vector sum = f * 0.203834495f - 0.320487587f;
+    // The exponent of x / sqrt(1/2), rounded down and at its place in a float, leaves a mantissa in [sqrt(1/2), sqrt(2)).
+    const Integers exponent = (bits - 0x3f3504f3) & static_cast<int32_t>(0xff800000);
+    const Vector f = (Vector)(bits - exponent) - 1.0f;
+    Vector sum = f * 0.203834693f - 0.320487735f;
     sum = sum * f + 0.342742558f;
-    sum = sum * f - 0.398490073f;
+    sum = sum * f - 0.398490059f;
     sum = sum * f + 0.499665338f;
     sum = sum * f - 0.666684914f;
-    const Vector square = f * f;
-    sum = (sum * f + 1.0f) * square - 2.0f * f;
-    return __builtin_convertvector(exponent, Vector) * -1.38629436f + sum;
+    sum = sum * f + 1.0f;
+    sum = sum * f - 2.0f;
+    return sum * f + __builtin_convertvector(exponent, Vector) * (-1.38629436f * 0x1p-23f);
 }
 
 // Two normal numbers of two words (Box & Muller 1958), as `box_muller` in noise.py.
 INLINE void box_muller(Words radius, Words angle, Vector& one, Vector& other) {
     const Vector uniform = __builtin_convertvector((Integers)(radius >> 1), Vector) * 0x1p-31f + 0x1p-32f;
     const Vector length = ROOT(minus_two_log(uniform));
-    // A whole number of quarter turns, the first two bits of `turned`, plus a rest of at most half a quarter.
-    const Words turned = angle + 0x20000000u;
-    const Vector phi = __builtin_convertvector((Integers)(angle << 2), Vector) * 3.65729520e-10f;  // 2 pi / 2^34
-    const Vector square = phi * phi;
-    Vector sine = square * -0.000195173f + 0.008332178f;
-    sine = (sine * square - 0.16666655f) * (square * phi) + phi;
-    Vector cosine = square * 2.4438452e-05f - 0.0013887368f;
-    cosine = cosine * square + 0.041666646f;
-    cosine = (cosine * square - 0.5f) * square + 1.0f;
-    const Integers odd = (Integers)(turned & 0x40000000u) != 0;
-    const Vector across = odd ? sine : cosine, along = odd ? cosine : sine;
-    one = length * (Vector)((Words)across ^ ((turned + 0x40000000u) & 0x80000000u));
-    other = length * (Vector)((Words)along ^ (turned & 0x80000000u));
+    // Twice the sine and the cosine of half the angle: it is in [-pi / 2, pi / 2), so that there are no quarters to tell apart.
+    const Vector half = __builtin_convertvector((Integers)angle, Vector) * 7.31459039e-10f;  // pi / 2^32
+    const Vector square = half * half;
+    Vector sine = square * 5.20010924e-06f - 0.000396132303f;
+    sine = sine * square + 0.0166660346f;
+    sine = sine * square - 0.333333142f;
+    sine = sine * (square * half) + (half + half);
+    Vector cosine = square * 2.31943849e-05f - 0.00138559271f;
+    cosine = cosine * square + 0.0416639894f;
+    cosine = cosine * square - 0.499999323f;
+    cosine = cosine * square + 1.0f;
+    const Vector across = length * sine;
+    one = length - across * (sine * 0.5f);
+    other = across * cosine;
 }
 
-// 32 normal numbers, places 32 * group onwards of one tensor, as `standard_normal` in noise.py: SplitMix64 (Steele, Lea & Flood
-// 2014) of 16 counters.
-INLINE void normals(uint64_t key, uint64_t tensor, uint64_t group, Vector* numbers) {
-    const uint64_t step = 0x9E3779B97F4A7C15u;
-    for (int share = 0; share < 16 / LANES; ++share) {
-        Wide offset = {};
-        for (int lane = 0; lane < LANES / 2; ++lane) offset[lane] = static_cast<uint64_t>(share * LANES + 2 * lane) * step;
-        const uint64_t first = ((tensor << 40) + 16 * group + 1) * step + key;
-        Wide bits[2] = {offset + first, offset + (first + step)};  // of the even and of the odd counters
-        for (Wide& each : bits) {
-            each = (each ^ (each >> 30)) * 0xBF58476D1CE4E5B9u;
-            each = (each ^ (each >> 27)) * 0x94D049BB133111EBu;
-            each = each ^ (each >> 31);
-        }
-        const Wide low = Wide{} + 0xffffffffu;
-        const Words radius = (Words)((bits[0] & low) | (bits[1] << 32));
-        const Words angle = (Words)((bits[0] >> 32) | (bits[1] & ~low));
-        box_muller(radius, angle, numbers[share], numbers[16 / LANES + share]);
+// Normal numbers, places `begin` onwards of one tensor, as `standard_normal` in noise.py; `begin` is a multiple of 32. All words
+// come before the first number: two short loops leave a processor more to do at once than one long one.
+struct Normals {
+    static constexpr int64_t COUNT = 512;
+    Words words[COUNT / LANES];
+    Vector numbers[COUNT / LANES];
+
+    void draw(uint64_t key, uint64_t tensor, int64_t begin, int64_t count) {
+        split_mix(((tensor << 40) + static_cast<uint64_t>(begin) / 2 + 1) * STEP + key, count);
+        each_pair(count, [this](int64_t i, int64_t j) INLINE_LAMBDA { box_muller(words[i], words[j], numbers[i], numbers[j]); });
     }
-}
+
+  private:
+    static constexpr uint64_t STEP = 0x9E3779B97F4A7C15u;
+
+    // Of 32 numbers, vector i of the first half belongs to vector j of the second.
+    template <class Body>
+    static INLINE void each_pair(int64_t count, Body body) {
+        for (int64_t i = 0; i * LANES < count; i += 32 / LANES) {
+#pragma GCC unroll 4
+            for (int64_t share = 0; share < 16 / LANES; ++share) body(i + share, i + share + 16 / LANES);
+        }
+    }
+
+    // SplitMix64 (Steele, Lea & Flood 2014): the lower halves of 16 results for the radii of 32 numbers, the upper for the angles.
+    INLINE void split_mix(uint64_t first, int64_t count) {
+        Wide counter = {};
+        Integers odd = {};
+        for (int lane = 0; lane < LANES / 2; ++lane) {
+            counter[lane] = static_cast<uint64_t>(2 * lane) * STEP;
+            odd[2 * lane + 1] = -1;
+        }
+        counter += first;
+        each_pair(count, [&](int64_t i, int64_t j) INLINE_LAMBDA {
+            Wide bits[2] = {counter, counter + STEP};  // of the even and of the odd lanes
+            counter += LANES * STEP;
+#pragma GCC unroll 2
+            for (Wide& each : bits) {
+                each = (each ^ (each >> 30)) * 0xBF58476D1CE4E5B9u;
+                each = (each ^ (each >> 27)) * 0x94D049BB133111EBu;
+                each = each ^ (each >> 31);
+            }
+            words[i] = odd ? (Words)(bits[1] << 32) : (Words)bits[0];
+            words[j] = odd ? (Words)bits[1] : (Words)(bits[0] >> 32);
+        });
+    }
+};
 
 // Sum of squares of a row.
 double squares(const float* row, int64_t count) {
@@ -196,8 +224,7 @@ INLINE Update gated(const Block& block, const Numbers& numbers, int64_t i, Size 
         direction = load(block.first + i, size);
         divisor = ROOT(load(block.second + i, size)) + numbers.eps;
     } else {
-        direction = load(block.gradient + i, size) * numbers.shrink;
-        if (numbers.decay != 0.0f) direction += load(block.weight + i, size) * numbers.decay;
+        direction = load(block.gradient + i, size) * numbers.shrink + load(block.weight + i, size) * numbers.decay;
     }
     if (GATING == Gating::none) return {ADAM ? direction / divisor : direction, all(1.0f)};
     const Vector scale = GATING == Gating::local ? load(block.scale + i, size) : all(numbers.scale);
@@ -216,16 +243,18 @@ void descend(const Block& of, const Numbers& its, Sums& sums) {
     const Block block = of;  // copies, which the stores cannot change
     const Numbers numbers = its;
     Vector direction_square = {}, gate_square = {}, noise_square = {};
-    constexpr int64_t together = NOISE ? 32 : LANES;
-    Vector noise[32 / LANES];
-    for (int64_t begin = 0; begin < block.count; begin += together) {
-        if (NOISE) normals(numbers.key, numbers.tensor, static_cast<uint64_t>(block.begin + begin) / 32, noise);
-        const auto move = [&](int64_t i, int64_t j, auto size) INLINE_LAMBDA {
+    Normals normals;
+    for (int64_t begin = 0; begin < block.count; begin += Normals::COUNT) {
+        const int64_t count = block.count - begin < Normals::COUNT ? block.count - begin : Normals::COUNT;
+        if (NOISE) normals.draw(numbers.key, numbers.tensor, block.begin + begin, count);
+        each_vector(count, [&](int64_t at, auto size) INLINE_LAMBDA {
+            const int64_t i = begin + at;
             const Update update = gated<ADAM, GATING>(block, numbers, i, size);
             direction_square += update.direction * update.direction;
             Vector weight = load(block.weight + i, size) * numbers.keep + update.direction * numbers.amount;
             if (NOISE) {
-                const Vector shaken = GATING == Gating::none ? cut(noise[j], size) : cut(update.gate * noise[j], size);
+                const Vector normal = normals.numbers[at / LANES];
+                const Vector shaken = GATING == Gating::none ? cut(normal, size) : cut(update.gate * normal, size);
                 noise_square += shaken * shaken;
                 if (GATING != Gating::none) {
                     const Vector gate = cut(update.gate, size);
@@ -237,19 +266,7 @@ void descend(const Block& of, const Numbers& its, Sums& sums) {
                     store(block.noise + i, shaken, size);
             }
             store(block.weight + i, weight, size);
-        };
-        if (begin + together <= block.count) {
-#pragma GCC unroll 16
-            for (int64_t j = 0; j < together / LANES; ++j) move(begin + j * LANES, j, Whole{});
-        } else {
-            for (int64_t j = 0; begin + j * LANES < block.count; ++j) {
-                const int64_t i = begin + j * LANES;
-                if (i + LANES <= block.count)
-                    move(i, j, Whole{});
-                else
-                    move(i, j, Part{block.count - i});
-            }
-        }
+        });
     }
     sums.direction = total(direction_square);
     sums.gate = total(gate_square);

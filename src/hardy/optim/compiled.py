@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
 from hardy.optim.noise import KeyedNormal
-from hardy.optim.transforms import Step
+from hardy.optim.transforms import Step, TensorOptions
 from hardy.optim.upgd import OptimizerName, UPGDState, noisy_tensors
 from hardy.optim.vgs import Scopes, VGSState, contributions, record_factors
 
@@ -198,9 +198,8 @@ def _table(
     measuring: Measuring | None,
 ) -> array[int]:
     """What the library is told tensor by tensor, one row for each field; the fields are set."""
-    members, count = step.shape
-    places = {k: place for place, k in enumerate(noisy)}
-    tensors = {
+    count = step.shape[1]
+    listed = {
         "weight": step.weights,
         "gradient": gradients,
         "utility": _own(step, state.utility),
@@ -208,21 +207,36 @@ def _table(
         "second": _own(step, state.second_moment),
         "mean": [] if measuring is None else _own(step, measuring.state.mean),
     }
-    rows = {
-        "sizes": [weight.numel() // members for weight in step.weights],
-        "row_lengths": [weight.shape[-1] if weight.ndim > 1 else 1 for weight in step.weights],
-        "column": list(range(count)) if step.columns is None else step.columns.tolist(),
-        "gating": [_GATINGS.index(option.gating) for option in step.options],
-        "protecting": [int(option.protecting) for option in step.options],
-        "adaptive_noise": [int(option.adaptive_noise) for option in step.options],
-        "noise": [places.get(k, -1) for k in range(count)],
-        **{field: [tensor.data_ptr() for tensor in listed] for field, listed in tensors.items() if listed},
-    }
-    table = array("q", itertools.chain.from_iterable(rows.values()))
+    pointers = {field: tensors for field, tensors in listed.items() if tensors}
+    columns = tuple(range(count)) if step.columns is None else tuple(step.columns.tolist())
+    shapes = tuple(weight.shape for weight in step.weights)
+    fixed = _structure(shapes, columns, tuple(step.options), tuple(noisy))
+    table = fixed + array("q", [tensor.data_ptr() for tensors in pointers.values() for tensor in tensors])
     address, _ = table.buffer_info()
-    for place, field in enumerate(rows):
+    for place, field in enumerate((*_STRUCTURE, *pointers)):
         setattr(problem, field, address + place * count * table.itemsize)
     return table
+
+
+_STRUCTURE = ("sizes", "row_lengths", "column", "gating", "protecting", "adaptive_noise", "noise")
+
+
+@functools.lru_cache(maxsize=64)
+def _structure(
+    shapes: tuple[torch.Size, ...], columns: tuple[int, ...], options: tuple[TensorOptions, ...], noisy: tuple[int, ...]
+) -> array[int]:
+    """The rows of the table that stay from step to step, in the order of `_STRUCTURE`."""
+    places = {k: place for place, k in enumerate(noisy)}
+    rows = (
+        [shape[1:].numel() for shape in shapes],
+        [shape[-1] if len(shape) > 1 else 1 for shape in shapes],
+        columns,
+        [_GATINGS.index(option.gating) for option in options],
+        [int(option.protecting) for option in options],
+        [int(option.adaptive_noise) for option in options],
+        [places.get(k, -1) for k in range(len(shapes))],
+    )
+    return array("q", itertools.chain.from_iterable(rows))
 
 
 def _record(step: Step, metrics: Float[Tensor, "P M"], scopes: Sequence[str]) -> None:

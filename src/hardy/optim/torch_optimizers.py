@@ -28,6 +28,7 @@ class _UPGDBase(Optimizer):
 
     _name: ClassVar[OptimizerName]
     _reference_step_factor: ClassVar[float]
+    _moments: ClassVar[tuple[str, ...]] = ("utility",)
 
     def __init__(
         self,
@@ -109,11 +110,12 @@ class _UPGDBase(Optimizer):
         parameters, groups = self._with_gradient()
         if not parameters:
             return loss
-        state = self._stacked_state(parameters)
+        states = self._states(parameters)
+        state = self._stacked(states, parameters[0].device)
         step = Step(
             [str(k) for k in range(len(parameters))],
-            [parameter.detach()[None] for parameter in parameters],
-            [parameter.grad.detach()[None] for parameter in parameters if parameter.grad is not None],
+            [parameter[None] for parameter in parameters],
+            [parameter.grad[None] for parameter in parameters if parameter.grad is not None],
             self._hyper_columns(groups, parameters[0].device),
             [TensorOptions(g["gating"], g["protecting"], g["adaptive_noise"]) for g in groups],
             KeyedNormal(self._draw_key),
@@ -127,7 +129,8 @@ class _UPGDBase(Optimizer):
             before = (stateless(clip_by_member_norm), upgd(self._name, raw_maximum=self.reference))
             after = (stateless(scale), stateless(perturb), stateless(descend))
             chain(*before, *after).update(step, (None, state, None, None, None))
-        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
+        # A tensor as the summand: a number would be made one anew for each of the additions.
+        torch._foreach_add_([own["step"] for own in states], torch.ones(()))
         self.diagnostics = {name: float(value) for name, value in step.metrics.items()}
         if self.gradient_scaler is not None:
             self.diagnostics["vgs/scaling_factor"] = self.gradient_scaler.scaling_factor
@@ -145,28 +148,27 @@ class _UPGDBase(Optimizer):
                 groups.append(group)
         return parameters, groups
 
-    def _stacked_state(self, parameters: list[Tensor]) -> UPGDState:
-        moments = ("utility", "first_moment", "second_moment") if self._name == "AdaptiveUPGD" else ("utility",)
-        for parameter in parameters:
-            own = self.state[parameter]
+    def _states(self, parameters: list[Tensor]) -> list[dict[str, Any]]:
+        states = [self.state[parameter] for parameter in parameters]
+        for parameter, own in zip(parameters, states, strict=True):
             if not own:
                 own["step"] = torch.zeros((), dtype=torch.float32)
-                own.update({name: torch.zeros_like(parameter) for name in moments})
-        steps = torch.stack([self.state[parameter]["step"] for parameter in parameters])[None]
-        stacked = {name: {str(k): self.state[p][name][None] for k, p in enumerate(parameters)} for name in moments}
-        return UPGDState(
-            steps.to(parameters[0].device, torch.int64),
-            stacked["utility"],
-            stacked.get("first_moment", {}),
-            stacked.get("second_moment", {}),
-        )
+                own.update({name: torch.zeros_like(parameter) for name in self._moments})
+        return states
+
+    def _stacked(self, states: list[dict[str, Any]], device: torch.device) -> UPGDState:
+        steps = torch.tensor([[own["step"].item() for own in states]], dtype=torch.int64, device=device)
+        stacked = {name: {str(k): own[name][None] for k, own in enumerate(states)} for name in self._moments}
+        return UPGDState(steps, stacked["utility"], stacked.get("first_moment", {}), stacked.get("second_moment", {}))
 
     def _hyper_columns(self, groups: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
         names = ["lr", "weight_decay", "beta_utility", "sigma", "step_factor"]
         if self._name == "AdaptiveUPGD":
             names += ["beta1", "beta2", "eps"]
-        rows = torch.tensor([[float(group[name]) for group in groups] for name in names], dtype=torch.float64).to(device)
-        numbers = dict(zip(names, rows[:, None], strict=True))
+        if len(self.param_groups) == 1:
+            groups = groups[:1]  # one number for all tensors
+        rows = torch.tensor([[[float(group[name]) for group in groups]] for name in names], dtype=torch.float64).to(device)
+        numbers = dict(zip(names, rows.unbind(), strict=True))
         coupled = self._name == "UPGD" and not self.reference
         numbers["coupled_decay" if coupled else "decoupled_decay"] = numbers.pop("weight_decay")
         if self.max_grad_norm is not None:
@@ -284,6 +286,7 @@ class AdaptiveUPGD(_UPGDBase):
 
     _name: ClassVar[OptimizerName] = "AdaptiveUPGD"
     _reference_step_factor = 2.0
+    _moments = ("utility", "first_moment", "second_moment")
 
     def __init__(
         self,

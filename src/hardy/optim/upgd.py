@@ -194,8 +194,9 @@ def perturb(step: Step) -> None:
 def noisy_tensors(step: Step) -> list[int]:
     """Positions of the tensors to which some member may add noise; where sigma cannot be looked at, a sigma of 0 adds zeros."""
     sigma = step.hyper["sigma"]
-    largest = sigma.amax(0).tolist() if may_ask(sigma) else [1.0]
-    wanted = [value > 0 for value in largest] * (step.shape[1] // len(largest))
+    by_tensor = zip(*sigma.tolist(), strict=True) if may_ask(sigma) else [(1.0,)]
+    wanted = [any(value > 0 for value in values) for values in by_tensor]
+    wanted *= step.shape[1] // len(wanted)
     return [k for k, option in enumerate(step.options) if option.noise and wanted[k]]
 
 
