@@ -14,9 +14,11 @@ from gymnasium.spaces import Box, Discrete
 from small_runs import shake_, tiny, trainer
 
 from hardy.nn import compiled_step
+from hardy.nn.normalizer import RunningMoments
 from hardy.nn.packed_step import PackedStep
 from hardy.parallel import set_threads
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings
+from hardy.population import MemberGenerators
 from hardy.rollout import collect
 
 P, E, O = 3, 7, 5  # noqa: E741
@@ -31,12 +33,10 @@ def everything_in_parts(monkeypatch):
     set_threads(1)
 
 
-def policy_of(members=P, quantiles=3, twin=False, **settings):
-    space = Box(-1, 1, (O,))
+def policy_of(members=P, quantiles=3, twin=False, space=Discrete(2), **settings):  # noqa: B008
     given = {"memory_size": 11, "encoder": (13,), **settings}
-    policy = ActorCritic(
-        space, Discrete(2), PolicySettings(**given), CriticSettings(quantiles=quantiles, twin=twin), range(members)
-    )
+    critic = CriticSettings(quantiles=quantiles, twin=twin)
+    policy = ActorCritic(Box(-1, 1, (O,)), space, PolicySettings(**given), critic, range(members))
     shake_(policy)
     return policy
 
@@ -146,6 +146,70 @@ def test_nan_stays_in_its_row_and_ends_with_a_reset():
     assert all(found.isfinite().all() for found in step(obs, state, is_first))
 
 
+CHOICES, MOVES = Discrete(4), Box(-1, 1, (3,))
+
+
+def moments():
+    """Statistics that clip about every third value of a standard-normal observation."""
+    return RunningMoments(
+        mean=0.3 * torch.randn(P, O).double(), var=torch.rand(P, O).double() + 0.1, count=torch.ones(P).double()
+    )
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("space", [CHOICES, MOVES], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"memory": "none", "encoder": ()}, {"shared_memory": False, "head": (3,)}], ids=str)
+def test_acting_is_normalising_stepping_and_drawing(space, settings):
+    policy = policy_of(space=space, **settings)
+    if policy.actor.log_std is not None:
+        policy.actor.log_std.data.uniform_(-1, 1)
+    normalize = moments().frozen(0.8)
+    step = policy.stepper(P, E)
+    act = policy.acting(step, normalize)
+    drawn = []
+    for _ in range(20):
+        obs, state, is_first = draw(policy)
+        noise = policy.draw_noise(MemberGenerators(range(P), str(len(drawn))), E)
+        action, *found = act(obs, state, is_first, noise)
+        wanted = step(normalize(obs), state, is_first)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        expected = policy.distribution(wanted[0]).sample(noise)
+        assert action.dtype == expected.dtype
+        torch.testing.assert_close(action, expected, atol=1e-6, rtol=1e-6)
+        drawn.append((action, action.clone()))
+    assert all(torch.equal(action, copy) for action, copy in drawn)  # no later step wrote into it
+    if space is CHOICES:
+        assert {int(choice) for action, _ in drawn for choice in action.flatten()} == {0, 1, 2, 3}
+
+
+@pytest.mark.usefixtures("level")
+def test_acting_with_observations_that_are_not_normalised_or_otherwise():
+    policy = policy_of()
+    step, (obs, state, is_first), noise = policy.stepper(P, E), draw(policy), torch.rand(P, E)
+    plain = policy.acting(step, lambda obs: obs)(obs, state, is_first, noise)
+    assert torch.equal(plain[1], step(obs, state, is_first)[0])
+    doubled = policy.acting(step, lambda obs: 2 * obs)(obs, state, is_first, noise)
+    assert torch.equal(doubled[1], step(2 * obs, state, is_first)[0])
+
+
+@pytest.mark.usefixtures("level")
+def test_no_forbidden_action_is_drawn_and_none_at_all_from_nan():
+    policy = policy_of(space=CHOICES, encoder=())
+    policy.actor.output.weight.data[0].zero_()
+    policy.actor.output.bias.data[0] = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf])
+    act = policy.acting(policy.stepper(P, E), moments().frozen(10.0))
+    obs, state, is_first = draw(policy)
+    for extreme, choice in ((0.0, 1), (1 - 2**-24, 2)):
+        assert (act(obs, state, is_first, torch.full((P, E), extreme))[0][0] == choice).all()
+    noise = torch.rand(P, E)
+    clean = act(obs, state, is_first, noise)
+    obs[1, 4, 2] = torch.nan
+    spoiled = act(obs, state, is_first, noise)
+    assert spoiled[1][1, 4].isnan().all() and spoiled[0][1, 4] == 0
+    spoiled[0][1, 4] = clean[0][1, 4]
+    assert torch.equal(spoiled[0], clean[0])
+
+
 if compiled_step.available():
 
     @pytest.mark.parametrize("members", [1, 2, P])
@@ -210,6 +274,26 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
         # Without the tests' own check of shapes, which users do not have.
         with pytest.raises(ValueError, match="are needed"):
             compiled_step.CompiledStep.__call__.__wrapped__(policy.stepper(P, E), obs, state, is_first)
+
+    @pytest.mark.parametrize(
+        "wrong", [torch.rand(P, E - 1), torch.rand(P, E, 1), torch.rand(P, E).double()], ids=["E", "A", "dtype"]
+    )
+    def test_noise_and_statistics_that_do_not_fit_are_refused(wrong):
+        policy = policy_of()
+        act = policy.acting(policy.stepper(P, E), moments().frozen(1.0))
+        with pytest.raises(ValueError, match="float32 are needed"):
+            type(act).__call__.__wrapped__(act, *draw(policy), wrong)
+        with pytest.raises(ValueError, match="normalize is for"):
+            policy.acting(policy.stepper(P, E), RunningMoments.create(P, (O + 1,)).frozen(1.0))
+
+    def test_threads_draw_the_same_actions():
+        policy, normalize = policy_of(space=CHOICES), moments().frozen(1.0)
+        arguments = (*draw(policy), torch.rand(P, E))
+        wanted = policy.acting(policy.stepper(P, E), normalize)(*arguments)
+        for threads in (2, 3, 17):
+            set_threads(threads)
+            found = policy.acting(policy.stepper(P, E), normalize)(*arguments)
+            assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
     def test_tensors_in_any_memory_order():
         policy = policy_of()

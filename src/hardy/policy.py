@@ -18,7 +18,7 @@ from hardy.nn import compiled_step
 from hardy.nn.compiled_step import CompiledStep
 from hardy.nn.distributions import ActionDistribution, action_noise, distribution_head_size, make_distribution
 from hardy.nn.linear import Activation, StackedLinear, StackedMLP
-from hardy.nn.packed_step import OBSERVATION, PackedStep, PolicyStep
+from hardy.nn.packed_step import OBSERVATION, Act, PackedStep, PolicyStep
 from hardy.nn.recurrent import StackedRecurrent
 from hardy.ops.categorical import FIRST_SUPPORT
 from hardy.ops.critic import Critic, CriticSettings
@@ -194,6 +194,17 @@ class ActorCritic(nn.Module):
             branches.append((self.critic.twin, features[-1]))
         actor, *critics = (step.add_linear(step.add_mlp(source, branch.head), branch.output) for branch, source in branches)
         return step.pack(actor, *critics)
+
+    def acting(self, step: Callable[[Tensor, Tensor, Tensor], StepOutputs], normalize: Callable[[Tensor], Tensor]) -> Act:
+        """A whole time step of a rollout around a `stepper`: observations normalised before it, actions drawn behind it."""
+        if isinstance(step, CompiledStep):
+            return step.acting(normalize, self.actor.log_std)
+
+        def act(obs: Tensor, state: Tensor, is_first: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            outputs, critic, state = step(normalize(obs), state, is_first)
+            return self.distribution(outputs).sample(noise), outputs, critic, state
+
+        return act
 
     def forward(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]

@@ -138,17 +138,17 @@ def collect(
         noise: the members' generators for their actions.
     """
     members, envs, _ = state.obs.shape
-    step = timed("policy step", policy.stepper(members, envs))
+    step = policy.stepper(members, envs)
+    act, step = timed("policy step", policy.acting(step, normalize)), timed("policy step", step)
     step_env, normalize = timed("environment step", env.step), timed("normalising", normalize)
-    action_noise = policy.draw_noise(noise, steps, envs).unbind(1)
+    action_noise = policy.draw_noise(noise, steps, envs).transpose(0, 1).contiguous()
     initial_state, recurrent = state.recurrent.clone(), state.recurrent
     obs, is_first = state.obs.clone(), state.is_first.clone()
     final_critic: dict[int, Tensor] = {}
     acted: list[tuple[Tensor, ...]] = []
     outcomes: list[EnvStep] = []
     for t in range(steps):
-        outputs, critic, recurrent = step(normalize(obs), recurrent, is_first)
-        action = policy.distribution(outputs).sample(action_noise[t])
+        action, outputs, critic, recurrent = act(obs, recurrent, is_first, action_noise[t])
         acted.append((obs, is_first, action, outputs, critic))
         outcome = step_env(action.flatten(0, 1).cpu().numpy())
         outcomes.append(outcome)

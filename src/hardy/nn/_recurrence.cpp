@@ -11,6 +11,7 @@
 // hardy/nn/compiled_step.py, whose `_Layer` and `_Network` do.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -82,11 +83,19 @@ struct Network {
     int64_t parts;  // of each member's environments, run apart
     int64_t threads, level;
     int64_t packing;  // 1: fill the panels from the weights; 0: take a step
+    int64_t actor;    // the layer from whose outputs actions are drawn
     const Layer* layer;
     const float* obs;               // [P, E, I]
     const unsigned char* is_first;  // [P, E]
     const float* state;             // [P, E, state_size]
     float* next_state;              // [P, E, state_size]
+    const double *mean, *inverse;   // [P, I] of the observations and one over their deviation; null: they come normalised
+    float* normalized;              // [P, E, I], or null
+    const float* noise;             // [P, E] for choices, [P, E, A] for actions; null: none are drawn
+    const float* deviation;         // [P, A], or null
+    int64_t* choices;               // [P, E], or null
+    float* actions;                 // [P, E, A], or null
+    double clip;                    // of normalised observations
 };
 
 // What one layer works on, by environment; all but `in` and `out` are an LSTM's.
@@ -313,6 +322,8 @@ int run(const Problem& problem) {
     return weight_gradients(problem, zeros.data(), kernel) ? 0 : 1;
 }
 
+#include "_recurrence_act.h"
+
 // One time step of environments begin .. end - 1 of one member, layer after layer.
 void take_step(const Network& net, int64_t member, int64_t begin, int64_t end, const Kernel& kernel) {
     const int64_t S = net.state_size;
@@ -321,12 +332,14 @@ void take_step(const Network& net, int64_t member, int64_t begin, int64_t end, c
     std::vector<const float*> in(count), hidden(count), cell_before(count);
     std::vector<float*> out(count), cell(count);
     const LayerRows rows{in.data(), hidden.data(), cell_before.data(), out.data(), cell.data()};
+    const float* const obs = net.mean == nullptr ? net.obs : net.normalized;
+    if (net.mean != nullptr) normalize(net, member, begin, end);
     for (const Layer* layer = net.layer; layer != net.layer + net.layers; ++layer) {
         const Layer* source = layer->source < 0 ? nullptr : net.layer + layer->source;
         for (size_t r = 0; r < count; ++r) {
             const int64_t env = member * net.envs + begin + static_cast<int64_t>(r);
             if (source == nullptr)
-                in[r] = net.obs + env * layer->inputs;
+                in[r] = obs + env * layer->inputs;
             else
                 in[r] = source->kind == LSTM ? net.next_state + env * S + source->hidden_at : source->output + env * source->outputs;
             if (layer->kind == LSTM) {
@@ -340,6 +353,8 @@ void take_step(const Network& net, int64_t member, int64_t begin, int64_t end, c
         }
         kernel.run_layer(*layer, member, rows, end - begin);
     }
+    if (net.choices != nullptr) draw_choices(net, member, begin, end);
+    if (net.actions != nullptr) draw_actions(net, member, begin, end);
 }
 
 int run(const Network& net) {
@@ -373,7 +388,7 @@ EXPORTED int hardy_lstm(const Problem* problem) {
 }
 
 // As above, for `Layer` and `Network`.
-EXPORTED int64_t hardy_policy_step_version() { return 1; }
+EXPORTED int64_t hardy_policy_step_version() { return 2; }
 
 // Packs the weights or takes a step. Returns 0, or 1 if memory ran out.
 EXPORTED int hardy_policy_step(const Network* network) {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
 from hardy.nn.linear import StackedLinear
-from hardy.nn.packed_step import PolicyStep
+from hardy.nn.normalizer import FrozenNormalizer
+from hardy.nn.packed_step import Act, PolicyStep
 from hardy.nn.recurrent import StackedRecurrent
 
-VERSION = 1
+VERSION = 2
 """Of `_Layer` and `_Network`; a library built from sources of another version is not used."""
 KINDS = {kind: number for number, kind in enumerate(("linear", "tanh", "relu", "elu", "silu", "lstm"))}
 SMALLEST_PART = 2_000_000
@@ -41,9 +43,13 @@ class _Layer(ctypes.Structure):
 class _Network(ctypes.Structure):
     """Mirrors `Network` in `_recurrence.cpp`, which explains the fields."""
 
-    _sizes = "members envs state_size layers parts threads level packing"
-    _tensors = "layer obs is_first state next_state"
-    _fields_ = [*((name, ctypes.c_int64) for name in _sizes.split()), *((name, ctypes.c_void_p) for name in _tensors.split())]
+    _sizes = "members envs state_size layers parts threads level packing actor"
+    _tensors = "layer obs is_first state next_state mean inverse normalized noise deviation choices actions"
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _sizes.split()),
+        *((name, ctypes.c_void_p) for name in _tensors.split()),
+        ("clip", ctypes.c_double),
+    ]
 
 
 @functools.cache
@@ -112,20 +118,20 @@ class CompiledStep(PolicyStep):
         parts = min(self.envs, math.ceil(useful / self.members))
         self._array = (_Layer * len(self._layers))(*self._layers)
         self._network = _Network(
-            *(self.members, self.envs, self.state_size, len(self._layers), parts, useful, self.level, 1),
+            *(self.members, self.envs, self.state_size, len(self._layers), parts, useful, self.level, 1, actor),
             layer=ctypes.addressof(self._array),
         )
-        self._run()
+        self._run(self._network)
         self._network.packing = 0
         self._results = [self._outputs[layer] for layer in (actor, *critics)]
         rows = (self.members, self.envs)
         self._shapes = ((*rows, self._layers[0].inputs), (*rows, self.state_size), rows)
         return self
 
-    def _run(self) -> None:
+    def _run(self, network: _Network) -> None:
         library = _library()
         assert library is not None
-        if library.hardy_policy_step(ctypes.byref(self._network)):
+        if library.hardy_policy_step(ctypes.byref(network)):
             raise MemoryError(
                 f"a step of {self.members} members with {self.envs} environments finds no memory for its working space"
             )
@@ -138,6 +144,10 @@ class CompiledStep(PolicyStep):
         Raises:
             ValueError: a tensor has another shape or type than the weights want.
         """
+        return self.take(self._network, obs, state, is_first)
+
+    def take(self, network: _Network, obs: Tensor, state: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A step by what ``network`` says besides these tensors."""
         # The library follows bare addresses: what would be an error in PyTorch would be somebody else's memory here.
         shapes = (obs.shape, state.shape, is_first.shape)
         dtypes = (obs.dtype, state.dtype, is_first.dtype)
@@ -148,9 +158,54 @@ class CompiledStep(PolicyStep):
             )
         obs, state, is_first = obs.contiguous(), state.contiguous(), is_first.contiguous()
         following = torch.empty_like(state)
-        network = self._network
         network.obs, network.is_first = obs.data_ptr(), is_first.data_ptr()
         network.state, network.next_state = state.data_ptr(), following.data_ptr()
-        self._run()
+        self._run(network)
         actor, *critics = self._results
         return actor.clone(), torch.cat(critics, dim=-1), following
+
+    def acting(self, normalize: Callable[[Tensor], Tensor], log_std: Float[Tensor, "P A"] | None) -> Act:
+        """The same step from observations as they come to actions.
+
+        Args:
+            normalize: a `FrozenNormalizer` becomes a part of the call.
+            log_std: of Gaussian actions; None for categorical ones.
+        """
+        return _CompiledAct(self, normalize, log_std)
+
+
+class _CompiledAct:
+    """A step with what stands before and behind its layers. See `CompiledStep.acting`."""
+
+    def __init__(self, step: CompiledStep, normalize: Callable[[Tensor], Tensor], log_std: Float[Tensor, "P A"] | None) -> None:
+        self._step = step
+        self._network = network = _Network.from_buffer_copy(step._network)
+        self._before: Callable[[Tensor], Tensor] | None = normalize
+        self._held: list[Tensor] = []
+        if isinstance(normalize, FrozenNormalizer):
+            members, envs, size = step._shapes[0]
+            self._before = None
+            self._held = [normalize.mean.contiguous(), normalize.inverse.contiguous(), torch.empty(members, envs, size)]
+            if any(tensor.shape != (members, size) for tensor in self._held[:2]):
+                raise ValueError(f"normalize is for {tuple(normalize.mean.shape)}: {(members, size)} is needed")
+            network.mean, network.inverse, network.normalized = (tensor.data_ptr() for tensor in self._held)
+            network.clip = normalize.clip
+        self._shape: tuple[int, ...] = step._shapes[2]
+        self._drawn, self._dtype = "choices", torch.int64
+        if log_std is not None:
+            deviation = log_std.detach().exp().contiguous()
+            network.deviation = deviation.data_ptr()
+            self._held.append(deviation)
+            self._shape = (*self._shape, deviation.shape[1])
+            self._drawn, self._dtype = "actions", torch.float32
+
+    def __call__(
+        self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"], noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if noise.shape != self._shape or noise.dtype != torch.float32:
+            raise ValueError(f"noise of shape {tuple(noise.shape)} and {noise.dtype}: {self._shape} and float32 are needed")
+        drawn, noise = torch.empty(self._shape, dtype=self._dtype), noise.contiguous()
+        self._network.noise = noise.data_ptr()
+        setattr(self._network, self._drawn, drawn.data_ptr())
+        obs = obs if self._before is None else self._before(obs)
+        return drawn, *self._step.take(self._network, obs, state, is_first)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Float64, Shaped
@@ -92,17 +93,30 @@ class RunningMoments:
         """
         return self.frozen(clip, epsilon)(x)
 
-    def frozen(self, clip: float, epsilon: float = 1e-8) -> Callable[[Tensor], Tensor]:
+    def frozen(self, clip: float, epsilon: float = 1e-8) -> FrozenNormalizer:
         """`normalize` by the statistics of this moment, prepared for many calls; later updates do not reach it."""
+        return FrozenNormalizer(self.mean.clone(), (self.var + epsilon).rsqrt(), clip)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenNormalizer:
+    """What `RunningMoments.normalize` does with one set of statistics.
+
+    Attributes:
+        mean, inverse: ``[P, *shape]``, and one over the standard deviations.
+        clip: bound of the result, in standard deviations.
+    """
+
+    mean: Float64[Tensor, "P ..."]
+    inverse: Float64[Tensor, "P ..."]
+    clip: float
+
+    def __call__(self, x: Shaped[Tensor, "P ..."]) -> Float[Tensor, "P ..."]:
+        """Values ``[P, ..., *shape]`` in standard deviations from the mean."""
         size, *shape = self.mean.shape
-        mean, inverse = self.mean.clone(), (self.var + epsilon).rsqrt()
-
-        def normalize(x: Shaped[Tensor, "P ..."]) -> Float[Tensor, "P ..."]:
-            view = (size, *([1] * (x.ndim - mean.ndim)), *shape)
-            normalized = ((x - mean.view(view)) * inverse.view(view)).clamp_(-clip, clip)
-            return normalized.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
-
-        return normalize
+        view = (size, *([1] * (x.ndim - self.mean.ndim)), *shape)
+        normalized = ((x - self.mean.view(view)) * self.inverse.view(view)).clamp_(-self.clip, self.clip)
+        return normalized.to(x.dtype if x.is_floating_point() else torch.get_default_dtype())
 
 
 @training_state

@@ -25,6 +25,8 @@ _SIGMOIDS_FIRST = (0, 1, 3, 2)
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Input, state before and state after the step (written by LSTM cells) to output."""
+Act = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""Observation as it comes ``[P, E, O]``, state, ``is_first``, the action's noise to the action and a `PolicyStep`'s results."""
 
 
 class PolicyStep(ABC):
