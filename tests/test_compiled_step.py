@@ -196,7 +196,7 @@ def test_acting_with_observations_that_are_not_normalised_or_otherwise():
 def test_no_forbidden_action_is_drawn_and_none_at_all_from_nan():
     policy = policy_of(space=CHOICES, encoder=())
     policy.actor.output.weight.data[0].zero_()
-    policy.actor.output.bias.data[0] = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf])
+    policy.actor.output.bias.data[0] = torch.tensor([-torch.inf, 1000.0, 1001.0, -torch.inf])
     act = policy.acting(policy.stepper(P, E), moments().frozen(10.0))
     obs, state, is_first = draw(policy)
     for extreme, choice in ((0.0, 1), (1 - 2**-24, 2)):

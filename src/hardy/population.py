@@ -199,7 +199,7 @@ def per_member(value: Shaped[Tensor, "P"], ndim: int) -> Tensor:
 def member_sum(value: Shaped[Tensor, "P ..."], where: Bool[Tensor, "P ..."] | None = None) -> Shaped[Tensor, "P"]:
     """Sum over everything but P. Entries outside ``where`` do not count, whatever they hold (0·NaN is NaN, so no product)."""
     if where is not None:
-        value = torch.where(where, value, torch.zeros_like(value))
+        value = torch.where(where, value, 0)
     return value.flatten(1).sum(1) if value.ndim > 1 else value
 
 

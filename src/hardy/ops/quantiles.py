@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,6 +22,13 @@ def quantile_midpoints(
     if count < 1:
         raise ValueError(f"count = {count}: a distribution needs at least 1 quantile")
     return (torch.arange(count, dtype=dtype, device=device) + 0.5) / count
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q"]]:
+    """Of errors below and above 0, for each quantile; the same in every minibatch."""
+    tau = quantile_midpoints(count, dtype=dtype, device=device)
+    return 1 - tau, tau
 
 
 def quantile_huber_loss(
@@ -47,17 +56,18 @@ def quantile_huber_loss(
         batch = tuple(quantiles.shape[:-1])
         raise ValueError(f"target has shape {tuple(target.shape)}: allowed are {batch} and {(*batch, 'K')}")
     error = target.unsqueeze(-1) - quantiles.unsqueeze(-2)
-    tau = quantile_midpoints(quantiles.shape[-1], dtype=quantiles.dtype, device=quantiles.device)
-    weight = torch.where(error < 0, 1 - tau, tau)
+    below, above = _weights(quantiles.shape[-1], quantiles.dtype, quantiles.device)
+    weight = torch.where(error < 0, below, above)
     return (weight * _scaled_huber(error, kappa)).mean((-2, -1))
 
 
 def _scaled_huber(error: Tensor, kappa: float | Tensor) -> Tensor:
     """``Huber_κ(error) / κ``, and its limit ``|error|`` at κ = 0."""
     size = error.abs()
-    width = kappa.to(error) if isinstance(kappa, Tensor) else error.new_full((), kappa)
-    if width.ndim == 1:
-        width = per_member(width, error.ndim)
+    if not isinstance(kappa, Tensor):  # the usual case, and a third of the operations
+        inside = size.clamp(max=kappa)
+        return inside * (size - 0.5 * inside) / kappa if kappa > 0 else size
+    width = per_member(kappa.to(error), error.ndim) if kappa.ndim == 1 else kappa.to(error)
     inside = torch.minimum(size, width)
     positive = width > 0
     return torch.where(positive, inside * (size - 0.5 * inside) / torch.where(positive, width, 1.0), size)
