@@ -50,6 +50,15 @@ def length(change, norm):
 # ---------------------------------------------------------------------------------------------------------------- attacks
 
 
+def test_harm_is_the_divergence_from_what_the_policy_does_at_the_true_observation() -> None:
+    """Of the clean from the attacked side (Zhang et al. 2020, eq. 7), which is another number than the other way round."""
+    clean, attacked = torch.tensor([[[0.0, 3.0]]]), torch.tensor([[[0.0, -1.0]]])
+    measure = harm(Attack("pgd"), lambda obs: (Categorical(obs), obs[..., 0]), clean)
+    here, there = clean.softmax(-1), attacked.softmax(-1)
+    assert float(measure(attacked)) == pytest.approx(float((here * (here / there).log()).sum()))
+    assert float(measure(attacked)) != pytest.approx(float((there * (there / here).log()).sum()))
+
+
 @pytest.mark.parametrize("attack", EVERY_ATTACK, ids=ids)
 def test_an_attack_stays_in_its_ball_moves_every_observation_and_is_nothing_at_epsilon_zero(attack) -> None:
     obs, found = case(attack)

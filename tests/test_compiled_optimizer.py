@@ -313,3 +313,12 @@ if library.available():
         with pytest.raises(RuntimeError, match="at least 2 recorded microbatches per update, got 0"):
             run.optimizer.step_(run.weights, run.gradients(0), run.state, run.hyper, run.noise, torch.tensor([True, True]))
         assert all(torch.equal(a, b) for a, b in zip(run.tensors(), before, strict=True))
+
+
+@pytest.mark.parametrize("compiled_step", ["0", "1"])
+def test_a_member_without_noise_takes_none_from_the_others(compiled_step, monkeypatch):
+    monkeypatch.setenv("HARDY_COMPILED", compiled_step)
+    run = Run([1, 2], {}, {}).steps(1)
+    without, with_noise = run.metrics[0]["upgd/noise_to_signal"].tolist()
+    assert without == 0
+    assert with_noise == pytest.approx(0.1, rel=0.3)

@@ -14,7 +14,7 @@ from gymnasium.spaces import Box, Discrete
 from small_runs import shake_, tiny, trainer
 
 from hardy.nn import compiled_step
-from hardy.nn.normalizer import RunningMoments
+from hardy.nn.normalizer import FrozenNormalizer, RunningMoments
 from hardy.nn.packed_step import PackedStep
 from hardy.parallel import set_threads
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings
@@ -278,22 +278,48 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
     @pytest.mark.parametrize(
         "wrong", [torch.rand(P, E - 1), torch.rand(P, E, 1), torch.rand(P, E).double()], ids=["E", "A", "dtype"]
     )
-    def test_noise_and_statistics_that_do_not_fit_are_refused(wrong):
+    def test_noise_that_does_not_fit_is_refused(wrong):
         policy = policy_of()
         act = policy.acting(policy.stepper(P, E), moments().frozen(1.0))
-        with pytest.raises(ValueError, match="float32 are needed"):
+        with pytest.raises(ValueError, match="noise has"):
             type(act).__call__.__wrapped__(act, *draw(policy), wrong)
-        with pytest.raises(ValueError, match="normalize is for"):
-            policy.acting(policy.stepper(P, E), RunningMoments.create(P, (O + 1,)).frozen(1.0))
 
-    def test_threads_draw_the_same_actions():
-        policy, normalize = policy_of(space=CHOICES), moments().frozen(1.0)
-        arguments = (*draw(policy), torch.rand(P, E))
+    def test_statistics_and_deviations_that_do_not_fit_are_refused():
+        policy = policy_of(space=MOVES)
+        step, frozen = policy.stepper(P, E), moments().frozen(1.0)
+        with pytest.raises(ValueError, match="normalize has"):
+            policy.acting(step, RunningMoments.create(P, (O + 1,)).frozen(1.0))
+        for shape in ((1, 3), (P, 2), (P, 4)):
+            with pytest.raises(ValueError, match="log_std has"):
+                step.acting(frozen, torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"log_std has .*float64"):
+            step.acting(frozen, torch.zeros(P, 3).double())
+        object.__setattr__(frozen, "mean", frozen.mean.float())
+        with pytest.raises(ValueError, match=r"normalize has .*float32"):
+            policy.acting(step, frozen)
+
+    def test_observations_without_a_number():
+        policy = ActorCritic(Box(-1, 1, (0,)), CHOICES, PolicySettings(memory_size=11), CriticSettings(), range(P))
+        obs, state, is_first = torch.empty(P, E, 0), torch.zeros(P, E, policy.state_size), torch.ones(P, E, dtype=torch.bool)
+        step, normalize = policy.stepper(P, E), RunningMoments.create(P, (0,)).frozen(1.0)
+        found = policy.acting(step, normalize)(obs, state, is_first, torch.rand(P, E))
+        assert all(torch.equal(one, other) for one, other in zip(found[1:], step(obs, state, is_first), strict=True))
+
+    @pytest.mark.parametrize("space", [CHOICES, MOVES], ids=str)
+    def test_threads_and_memory_order_do_not_change_the_actions(space):
+        policy, statistics = policy_of(space=space), moments()
+        normalize = statistics.frozen(1.0)
+        arguments = (*draw(policy), policy.draw_noise(MemberGenerators(range(P), "action"), E))
         wanted = policy.acting(policy.stepper(P, E), normalize)(*arguments)
         for threads in (2, 3, 17):
             set_threads(threads)
             found = policy.acting(policy.stepper(P, E), normalize)(*arguments)
             assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        strided = [tensor.mT.contiguous().mT for tensor in (*arguments, normalize.mean, normalize.inverse)]
+        assert not any(tensor.is_contiguous() for tensor in strided)
+        *strided_arguments, mean, inverse = strided
+        found = policy.acting(policy.stepper(P, E), FrozenNormalizer(mean, inverse, 1.0))(*strided_arguments)
+        assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
     def test_tensors_in_any_memory_order():
         policy = policy_of()

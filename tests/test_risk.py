@@ -300,6 +300,11 @@ def test_risk_and_value_come_from_the_same_critics(aggregation: str) -> None:
     assert float(found) == pytest.approx(expected)
     value = {"mean": (2 + 1.05) / 2, "min": 1.05, "single": 2.0}[aggregation]
     assert float(run.policy.values.mean(outputs)) == pytest.approx(value)
+    # The advantage too: by how much the samples are above the middle of the very same distribution.
+    hyper |= {"risk.weight": of(1.0), "risk.wang_shift": of(0.0)}
+    hyper["risk.cvar_alpha"] = of(1.0)
+    advantage = run.ppo.objective.advantage(torch.zeros(1, 1, 1), of(7.0).view(1, 1, 1, 1), outputs, hyper)
+    assert float(advantage) == pytest.approx(7.0 - value, abs=0.3)
 
 
 def test_advantages_read_the_distribution_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,3 +339,24 @@ def test_arguments_of_another_type_are_refused(
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # outside the tests nothing checks the annotations
     with pytest.raises(error, match=message):
         cls([nn.Parameter(torch.ones(2))], **arguments)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_state_restored_onto_the_device_goes_on(cls, device) -> None:
+    """``torch.load(…, map_location=device)`` moves the step counts too, which are made on the CPU."""
+
+    def stepped(optimizer, p, count):
+        for _ in range(count):
+            p.grad = torch.full_like(p, 0.5)
+            optimizer.step()
+        return optimizer
+
+    p, other = (nn.Parameter(torch.ones(3, device=device)) for _ in range(2))
+    saved = stepped(cls([p], lr=0.1, sigma=0.0), p, 2).state_dict()
+    moved = {k: v.to(device) for k, v in saved["state"][0].items()}
+    restored = cls([other], lr=0.1, sigma=0.0)
+    restored.load_state_dict({**saved, "state": {0: moved}})
+    other.data.copy_(p.data)
+    stepped(restored, other, 1)
+    assert restored.state[other]["step"].item() == 3
+    assert not torch.equal(other, p)

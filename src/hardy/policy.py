@@ -196,7 +196,13 @@ class ActorCritic(nn.Module):
         return step.pack(actor, *critics)
 
     def acting(self, step: Callable[[Tensor, Tensor, Tensor], StepOutputs], normalize: Callable[[Tensor], Tensor]) -> Act:
-        """A whole time step of a rollout around a `stepper`: observations normalised before it, actions drawn behind it."""
+        """A whole time step of a rollout around a `stepper`: observations normalised before it, actions drawn behind it.
+
+        To be made anew when the weights change, as the stepper is.
+
+        Raises:
+            ValueError: ``normalize`` holds the statistics of other observations.
+        """
         if isinstance(step, CompiledStep):
             return step.acting(normalize, self.actor.log_std)
 

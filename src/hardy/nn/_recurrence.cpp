@@ -85,7 +85,7 @@ struct Network {
     int64_t packing;  // 1: fill the panels from the weights; 0: take a step
     int64_t actor;    // the layer from whose outputs actions are drawn
     const Layer* layer;
-    const float* obs;               // [P, E, I]
+    const float* obs;               // [P, E, I], as they come where `mean` is given
     const unsigned char* is_first;  // [P, E]
     const float* state;             // [P, E, state_size]
     float* next_state;              // [P, E, state_size]

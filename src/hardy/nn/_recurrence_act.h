@@ -3,15 +3,14 @@
 
 // As `FrozenNormalizer` of normalizer.py, to the last bit.
 void normalize(const Network& net, int64_t member, int64_t begin, int64_t end) {
-    int64_t size = 0;  // every layer without a source takes the observation
-    for (const Layer* layer = net.layer; size == 0; ++layer)
-        if (layer->source < 0) size = layer->inputs;
+    const int64_t size = net.layer->inputs;
     const double *mean = net.mean + member * size, *inverse = net.inverse + member * size;
     for (int64_t env = member * net.envs + begin; env < member * net.envs + end; ++env)
         for (int64_t i = 0; i < size; ++i) {
             const double value = (static_cast<double>(net.obs[env * size + i]) - mean[i]) * inverse[i];
             // NaN is neither below nor above, and stays.
-            net.normalized[env * size + i] = static_cast<float>(value < -net.clip ? -net.clip : value > net.clip ? net.clip : value);
+            const double clipped = value < -net.clip ? -net.clip : value > net.clip ? net.clip : value;
+            net.normalized[env * size + i] = static_cast<float>(clipped);
         }
 }
 

@@ -1,5 +1,7 @@
 """One time step of a policy (linear layers and LSTM cells) in the compiled library, for float32 on the CPU, without gradients.
 
+With it, in a rollout, what stands before and behind the layers: observations are normalised and actions drawn.
+
 A rollout takes many small steps with the same weights: they are packed once, and a step is one call instead of some thirty.
 `hardy.nn.packed_step` gives the same results to rounding (see `hardy.nn.compiled` for where the library comes from).
 """
@@ -169,7 +171,10 @@ class CompiledStep(PolicyStep):
 
         Args:
             normalize: a `FrozenNormalizer` becomes a part of the call.
-            log_std: of Gaussian actions; None for categorical ones.
+            log_std: of Gaussian actions, as it is now; None for categorical ones.
+
+        Raises:
+            ValueError: statistics or ``log_std`` of another shape or type than the layers want.
         """
         return _CompiledAct(self, normalize, log_std)
 
@@ -182,18 +187,20 @@ class _CompiledAct:
         self._network = network = _Network.from_buffer_copy(step._network)
         self._before: Callable[[Tensor], Tensor] | None = normalize
         self._held: list[Tensor] = []
+        """What the network's addresses point at."""
         if isinstance(normalize, FrozenNormalizer):
             members, envs, size = step._shapes[0]
             self._before = None
             self._held = [normalize.mean.contiguous(), normalize.inverse.contiguous(), torch.empty(members, envs, size)]
-            if any(tensor.shape != (members, size) for tensor in self._held[:2]):
-                raise ValueError(f"normalize is for {tuple(normalize.mean.shape)}: {(members, size)} is needed")
+            for tensor in self._held[:2]:
+                _require("normalize", tensor, (members, size), torch.float64)
             network.mean, network.inverse, network.normalized = (tensor.data_ptr() for tensor in self._held)
             network.clip = normalize.clip
         self._shape: tuple[int, ...] = step._shapes[2]
         self._drawn, self._dtype = "choices", torch.int64
         if log_std is not None:
             deviation = log_std.detach().exp().contiguous()
+            _require("log_std", deviation, (step.members, step._results[0].shape[-1]), torch.float32)
             network.deviation = deviation.data_ptr()
             self._held.append(deviation)
             self._shape = (*self._shape, deviation.shape[1])
@@ -202,10 +209,15 @@ class _CompiledAct:
     def __call__(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"], noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if noise.shape != self._shape or noise.dtype != torch.float32:
-            raise ValueError(f"noise of shape {tuple(noise.shape)} and {noise.dtype}: {self._shape} and float32 are needed")
+        _require("noise", noise, self._shape, torch.float32)
         drawn, noise = torch.empty(self._shape, dtype=self._dtype), noise.contiguous()
         self._network.noise = noise.data_ptr()
         setattr(self._network, self._drawn, drawn.data_ptr())
         obs = obs if self._before is None else self._before(obs)
         return drawn, *self._step.take(self._network, obs, state, is_first)
+
+
+def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
+        given = f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} has {given}: {shape}, {dtype} on cpu is needed")

@@ -24,7 +24,7 @@ def quantile_midpoints(
     return (torch.arange(count, dtype=dtype, device=device) + 0.5) / count
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # and never dropped: a captured graph goes on reading these addresses
 def _weights(count: int, dtype: torch.dtype, device: torch.device) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q"]]:
     """Of errors below and above 0, for each quantile; the same in every minibatch."""
     tau = quantile_midpoints(count, dtype=dtype, device=device)
@@ -65,8 +65,10 @@ def _scaled_huber(error: Tensor, kappa: float | Tensor) -> Tensor:
     """``Huber_κ(error) / κ``, and its limit ``|error|`` at κ = 0."""
     size = error.abs()
     if not isinstance(kappa, Tensor):  # the usual case, and a third of the operations
+        if kappa <= 0:
+            return size
         inside = size.clamp(max=kappa)
-        return inside * (size - 0.5 * inside) / kappa if kappa > 0 else size
+        return inside * (size - 0.5 * inside) / kappa
     width = per_member(kappa.to(error), error.ndim) if kappa.ndim == 1 else kappa.to(error)
     inside = torch.minimum(size, width)
     positive = width > 0

@@ -104,8 +104,8 @@ INLINE void box_muller(Words radius, Words angle, Vector& one, Vector& other) {
     other = across * cosine;
 }
 
-// Normal numbers, places `begin` onwards of one tensor, as `standard_normal` in noise.py; `begin` is a multiple of 32. All words
-// come before the first number: two short loops leave a processor more to do at once than one long one.
+// Normal numbers, places `begin` onwards of one tensor, as `standard_normal` in noise.py; `begin` is a multiple of 32. All
+// words come before the first number: two short loops leave a processor more to do at once than one long one.
 struct Normals {
     static constexpr int64_t COUNT = 512;
     Words words[COUNT / LANES];
@@ -113,7 +113,9 @@ struct Normals {
 
     void draw(uint64_t key, uint64_t tensor, int64_t begin, int64_t count) {
         split_mix(((tensor << 40) + static_cast<uint64_t>(begin) / 2 + 1) * STEP + key, count);
-        each_pair(count, [this](int64_t i, int64_t j) INLINE_LAMBDA { box_muller(words[i], words[j], numbers[i], numbers[j]); });
+        each_pair(count, [this](int64_t i, int64_t j) INLINE_LAMBDA {
+            box_muller(words[i], words[j], numbers[i], numbers[j]);
+        });
     }
 
   private:
@@ -128,7 +130,8 @@ struct Normals {
         }
     }
 
-    // SplitMix64 (Steele, Lea & Flood 2014): the lower halves of 16 results for the radii of 32 numbers, the upper for the angles.
+    // SplitMix64 (Steele, Lea & Flood 2014): of 16 results the lower halves for the radii of 32 numbers, the upper ones for
+    // the angles.
     INLINE void split_mix(uint64_t first, int64_t count) {
         Wide counter = {};
         Integers odd = {};
@@ -224,6 +227,7 @@ INLINE Update gated(const Block& block, const Numbers& numbers, int64_t i, Size 
         direction = load(block.first + i, size);
         divisor = ROOT(load(block.second + i, size)) + numbers.eps;
     } else {
+        // A decay of 0 adds NaN where a weight is infinite: there is nothing left to lose there.
         direction = load(block.gradient + i, size) * numbers.shrink + load(block.weight + i, size) * numbers.decay;
     }
     if (GATING == Gating::none) return {ADAM ? direction / divisor : direction, all(1.0f)};

@@ -130,7 +130,8 @@ class _UPGDBase(Optimizer):
             after = (stateless(scale), stateless(perturb), stateless(descend))
             chain(*before, *after).update(step, (None, state, None, None, None))
         # A tensor as the summand: a number would be made one anew for each of the additions.
-        torch._foreach_add_([own["step"] for own in states], torch.ones(()))
+        steps = [own["step"] for own in states]
+        torch._foreach_add_(steps, torch.ones_like(steps[0]))
         self.diagnostics = {name: float(value) for name, value in step.metrics.items()}
         if self.gradient_scaler is not None:
             self.diagnostics["vgs/scaling_factor"] = self.gradient_scaler.scaling_factor
