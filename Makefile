@@ -32,7 +32,7 @@ typecheck: $(INSTALLED_DEV) ## check the types
 	$(BIN)/mypy
 
 coverage: $(INSTALLED_DEV) ## run the tests and show line by line what they reach, in htmlcov/
-	$(BIN)/pytest -q -n $(TEST_WORKERS) --cov --cov-report=html
+	$(BIN)/pytest -q -n $(TEST_WORKERS) --cov --cov-report=html --trace-every-case
 
 bench: $(INSTALLED) ## measure speed and memory, and training beside other libraries, which go into their own .venv-bench
 	$(BIN)/python -m benchmarks

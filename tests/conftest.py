@@ -12,13 +12,32 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from shape_checks import leave_inner_functions_alone
 
-# Both before any hardy module is imported: the hook compiles the checks into them, and matplotlib picks its back end once.
+# All before any hardy module is imported: the hook compiles the checks into them, and matplotlib picks its back end once.
 # The variable also reaches the commands that tests start.
+leave_inner_functions_alone()
 install_import_hook("hardy", "shape_checks.check")
 os.environ["MPLBACKEND"] = "Agg"
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Coverage by every case, which takes half as long again; see below."""
+    parser.addoption("--trace-every-case", action="store_true", help="count the lines that any case of a test reaches")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a parametrised test only the first case counts for coverage: the others reach nearly the same lines, traced."""
+    if config.getoption("--trace-every-case"):
+        return
+    seen = set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in seen:
+            item.add_marker("no_cover")
+        seen.add(name)
 
 
 @pytest.fixture(autouse=True)

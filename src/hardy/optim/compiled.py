@@ -13,12 +13,12 @@ import functools
 import itertools
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
@@ -37,6 +37,8 @@ _NUMBERS = {
     "vgs.beta": 0.0, "vgs.signal_floor": 0.0,
 }  # fmt: skip
 """In the library's order, with what stands for one that a step does not have."""
+METRICS = ("train/grad_norm", "upgd/utility_max", "upgd/noise_to_signal")
+"""What the library finds for each member, in its order; factors and noise-to-signal ratios of VGS's scopes follow."""
 _GATINGS = ("none", "global", "local")
 _ESTIMATORS = (None, "ema", "microbatch")
 
@@ -80,16 +82,22 @@ def supports(step: Step, state: UPGDState, measuring: Measuring | None = None) -
     All weights, gradients and states must be float32 on the CPU, weights and states without gaps in memory, and the noise a
     `KeyedNormal`. Every other choice of structure is supported.
     """
-    if not available() or not isinstance(step.standard_normal, KeyedNormal):
+    if not isinstance(step.standard_normal, KeyedNormal):
         return False
     kept = [*step.weights, *_own(step, state.utility), *_own(step, state.first_moment), *_own(step, state.second_moment)]
     if measuring is not None:
         kept += _own(step, measuring.state.mean)
-    # The library follows bare addresses: what would be an error in PyTorch would be somebody else's memory here.
+    return fit(step.weights, step.gradients, kept)
+
+
+def fit(weights: Sequence[Tensor], gradients: Sequence[Tensor], kept: Iterable[Tensor]) -> bool:
+    """Whether the library is there and can follow the addresses of these tensors; ``kept`` are weights and states."""
+    # It knows bare addresses only: what would be an error in PyTorch would be somebody else's memory here.
     return (
-        all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in kept)
-        and all(g.dtype is torch.float32 and g.is_cpu for g in step.gradients)
-        and all(g.shape == w.shape for g, w in zip(step.gradients, step.weights, strict=True))
+        available()
+        and all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in kept)
+        and all(g.dtype is torch.float32 and g.is_cpu for g in gradients)
+        and all(g.shape == w.shape for g, w in zip(gradients, weights, strict=True))
     )
 
 
@@ -118,36 +126,84 @@ def update(
         MemoryError: no memory for the working space; weights and states are as before.
         RuntimeError: the microbatch estimator has seen fewer than two contributions.
     """
-    members, tensors = step.shape
-    problem = _Problem(members=members, tensors=tensors, adam=name == "AdaptiveUPGD", raw_maximum=raw_maximum, level=level)
-    problem.clips = "max_grad_norm" in step.hyper
-    weights = sum(weight.numel() for weight in step.weights)
-    problem.threads = max(1, min(threads, weights // SMALLEST_PART))
-    noisy = noisy_tensors(step)
-    numbers = _numbers(step)
-    problem.numbers_width = numbers.shape[2]
-    scopes = [] if measuring is None else measuring.scopes.names
-    problem.columns = state.step.shape[1]
-    statistics = {} if measuring is None else _statistics(problem, measuring)
-    tensors_of = {
-        **statistics,
-        "active": torch.ones(members, dtype=torch.bool) if active is None else active.contiguous(),
-        "keys": _keys(step, noisy),
-        "numbers": numbers,
-        "factor": step.factor.expand(members, tensors).contiguous(),
-        "step": state.step,
-        "metrics": torch.full((members, 3 + 2 * len(scopes)), torch.nan, dtype=torch.float64),
-    }
-    gradients = [gradient.contiguous() for gradient in step.gradients]
-    table = _table(problem, step, state, gradients, noisy, measuring)
-    for field, tensor in tensors_of.items():
-        setattr(problem, field, tensor.data_ptr())
-    library = _library()
-    assert library is not None
-    if library.hardy_upgd(ctypes.byref(problem)):
-        raise MemoryError(f"the step of {weights} weights finds no memory for its working space")
-    del gradients, table  # the library has read them by their addresses
-    _record(step, tensors_of["metrics"], scopes)
+    call = Call(
+        step, state, name, raw_maximum=raw_maximum, measuring=measuring, active=active, threads=threads, level=level
+    )  # fmt: skip
+    call()
+    _record(step, call.metrics, [] if measuring is None else measuring.scopes.names)
+
+
+class Call:
+    """A step made ready for the library: taken by calling it, and again with other gradients while all else stays where it is.
+
+    Numbers are copied when it is made. Weights and states are changed where they are, and ``state.step`` is counted up.
+
+    Args:
+        step, state, name: and the others, as for `update`.
+
+    Attributes:
+        metrics: of the newest step, ``[P, 3 + 2·scopes]``: norm of the raw gradient, largest utility, noise-to-signal ratio.
+        factor: in front of the update, ``[P, K]``; may be written to before the next call.
+        steps: ``state.step`` itself, ``[P, all]``; the library counts here.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        state: UPGDState,
+        name: OptimizerName,
+        *,
+        raw_maximum: bool = False,
+        measuring: Measuring | None = None,
+        active: Bool[Tensor, "P"] | None = None,
+        threads: int = 1,
+        level: int = NEWEST_INSTRUCTIONS,
+    ) -> None:
+        members, tensors = step.shape
+        problem = _Problem(members=members, tensors=tensors, adam=name == "AdaptiveUPGD", raw_maximum=raw_maximum, level=level)
+        problem.clips = "max_grad_norm" in step.hyper
+        self._weights = sum(weight.numel() for weight in step.weights)
+        problem.threads = max(1, min(threads, self._weights // SMALLEST_PART))
+        noisy = noisy_tensors(step)
+        numbers = _numbers(step)
+        problem.numbers_width = numbers.shape[2]
+        problem.columns = state.step.shape[1]
+        statistics = {} if measuring is None else _statistics(problem, measuring)
+        self.factor = step.factor.expand(members, tensors).contiguous()
+        self.metrics = torch.full((members, 3 + 2 * problem.scopes), torch.nan, dtype=torch.float64)
+        self.steps = state.step
+        tensors_of = {
+            **statistics,
+            "active": torch.ones(members, dtype=torch.bool) if active is None else active.contiguous(),
+            "numbers": numbers,
+            "factor": self.factor,
+            "step": self.steps,
+            "metrics": self.metrics,
+        }
+        for field, tensor in tensors_of.items():
+            setattr(problem, field, tensor.data_ptr())
+        self._draw = step.standard_normal.draw if isinstance(step.standard_normal, KeyedNormal) and noisy else None
+        self._gradients = step.gradients
+        self._table = _table(problem, step, state, noisy, measuring)
+        self._problem = problem
+        # Held for the library, which knows their addresses.
+        self._held = (tensors_of, step.weights, state, measuring)
+
+    def __call__(self, gradients: Sequence[Tensor] | None = None) -> None:
+        """Take the step, for other gradients than those it was made with if any are given, in the same order.
+
+        Raises:
+            MemoryError: no memory for the working space; weights and states are as before.
+        """
+        problem, count = self._problem, self._problem.tensors
+        contiguous = [gradient.contiguous() for gradient in (gradients or self._gradients)]
+        self._table[:count] = array("q", [gradient.data_ptr() for gradient in contiguous])
+        keys = torch.zeros(problem.members, dtype=torch.int64) if self._draw is None else self._draw()
+        problem.keys = keys.data_ptr()
+        library = _library()
+        assert library is not None
+        if library.hardy_upgd(ctypes.byref(problem)):
+            raise MemoryError(f"the step of {self._weights} weights finds no memory for its working space")
 
 
 def _numbers(step: Step) -> Float[Tensor, "N P #K"]:
@@ -159,13 +215,6 @@ def _numbers(step: Step) -> Float[Tensor, "N P #K"]:
 @functools.lru_cache(maxsize=8)
 def _absent(shape: tuple[int, int]) -> dict[str, Tensor]:
     return {name: torch.full(shape, value, dtype=torch.float64) for name, value in _NUMBERS.items()}
-
-
-def _keys(step: Step, noisy: Sequence[int]) -> Int[Tensor, "P"]:
-    source = step.standard_normal
-    if isinstance(source, KeyedNormal) and noisy:
-        return source.draw()
-    return torch.zeros(step.shape[0], dtype=torch.int64)
 
 
 def _own(step: Step, tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -193,15 +242,13 @@ def _table(
     problem: _Problem,
     step: Step,
     state: UPGDState,
-    gradients: Sequence[Tensor],
     noisy: Sequence[int],
     measuring: Measuring | None,
 ) -> array[int]:
-    """What the library is told tensor by tensor, one row for each field; the fields are set."""
+    """What the library is told tensor by tensor, a row for each field, that of the gradients first; the fields are set."""
     count = step.shape[1]
     listed = {
         "weight": step.weights,
-        "gradient": gradients,
         "utility": _own(step, state.utility),
         "first": _own(step, state.first_moment),
         "second": _own(step, state.second_moment),
@@ -211,9 +258,9 @@ def _table(
     columns = tuple(range(count)) if step.columns is None else tuple(step.columns.tolist())
     shapes = tuple(weight.shape for weight in step.weights)
     fixed = _structure(shapes, columns, tuple(step.options), tuple(noisy))
-    table = fixed + array("q", [tensor.data_ptr() for tensors in pointers.values() for tensor in tensors])
+    table = array("q", [0] * count) + fixed + array("q", [t.data_ptr() for tensors in pointers.values() for t in tensors])
     address, _ = table.buffer_info()
-    for place, field in enumerate((*_STRUCTURE, *pointers)):
+    for place, field in enumerate(("gradient", *_STRUCTURE, *pointers)):
         setattr(problem, field, address + place * count * table.itemsize)
     return table
 
@@ -241,6 +288,6 @@ def _structure(
 
 def _record(step: Step, metrics: Float[Tensor, "P M"], scopes: Sequence[str]) -> None:
     columns = metrics.unbind(1)
-    step.metrics["train/grad_norm"], step.metrics["upgd/utility_max"], step.metrics["upgd/noise_to_signal"] = columns[:3]
+    step.metrics.update(zip(METRICS, columns, strict=False))
     if scopes:
         record_factors(step, scopes, metrics[:, 3::2], metrics[:, 4::2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, get_args, overload
@@ -19,6 +20,8 @@ from hardy.optim.upgd import OptimizerName, UPGDState, perturb, upgd
 from hardy.optim.validation import Number, require_bool, require_instance, require_number, require_one_of
 
 GATINGS = get_args(Gating)
+Rows = list[tuple[str, tuple[float, ...]]]
+"""Hyperparameters by name: one number for all tensors, or one for each."""
 _LATER_DEFAULTS = {"gating": "global", "protecting": True, "step_factor": 1.0, "adaptive_noise": True}
 _RUNTIME = ("reference", "max_grad_norm", "generator", "gradient_scaler", "diagnostics")
 
@@ -29,6 +32,7 @@ class _UPGDBase(Optimizer):
     _name: ClassVar[OptimizerName]
     _reference_step_factor: ClassVar[float]
     _moments: ClassVar[tuple[str, ...]] = ("utility",)
+    _numbers: ClassVar[tuple[str, ...]] = ("lr", "beta_utility", "sigma", "step_factor")
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class _UPGDBase(Optimizer):
         self.generator = generator
         self.gradient_scaler = gradient_scaler
         self.diagnostics: dict[str, float] = {}
+        self._forget()
         noise = not reference if adaptive_noise is None else adaptive_noise
         options = {"gating": gating, "protecting": protecting, "adaptive_noise": noise, "step_factor": step_factor}
         super().__init__(params, {**defaults, **options})
@@ -77,6 +82,7 @@ class _UPGDBase(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget()
         for group in self.param_groups:
             for key, value in _LATER_DEFAULTS.items():
                 group.setdefault(key, self.defaults.get(key, value))
@@ -111,28 +117,15 @@ class _UPGDBase(Optimizer):
         if not parameters:
             return loss
         states = self._states(parameters)
-        state = self._stacked(states, parameters[0].device)
-        step = Step(
-            [str(k) for k in range(len(parameters))],
-            [parameter[None] for parameter in parameters],
-            [parameter.grad[None] for parameter in parameters if parameter.grad is not None],
-            self._hyper_columns(groups, parameters[0].device),
-            [TensorOptions(g["gating"], g["protecting"], g["adaptive_noise"]) for g in groups],
-            KeyedNormal(self._draw_key),
-        )
+        rows = self._hyper_rows(groups)
+        options = [TensorOptions(g["gating"], g["protecting"], g["adaptive_noise"]) for g in groups]
         if self.gradient_scaler is not None:
             self.gradient_scaler.measure_once()
-            step.factor = self.gradient_scaler.factors(parameters)
-        if compiled.supports(step, state):
-            compiled.update(step, state, self._name, raw_maximum=self.reference, threads=torch.get_num_threads())
-        else:
-            before = (stateless(clip_by_member_norm), upgd(self._name, raw_maximum=self.reference))
-            after = (stateless(scale), stateless(perturb), stateless(descend))
-            chain(*before, *after).update(step, (None, state, None, None, None))
-        # A tensor as the summand: a number would be made one anew for each of the additions.
-        steps = [own["step"] for own in states]
-        torch._foreach_add_(steps, torch.ones_like(steps[0]))
-        self.diagnostics = {name: float(value) for name, value in step.metrics.items()}
+        found = self._repeat(parameters, states, rows, options)
+        if found is None:
+            found = self._step(parameters, states, rows, options)
+        self._counts.add_(1)
+        self.diagnostics = dict(zip(compiled.METRICS, found, strict=True))
         if self.gradient_scaler is not None:
             self.diagnostics["vgs/scaling_factor"] = self.gradient_scaler.scaling_factor
             self.diagnostics["vgs/normalized_variance"] = self.gradient_scaler.normalized_variance
@@ -157,24 +150,93 @@ class _UPGDBase(Optimizer):
                 own.update({name: torch.zeros_like(parameter) for name in self._moments})
         return states
 
+    def _forget(self) -> None:
+        """Nothing is kept from one step for the next."""
+        self._counts = torch.zeros(0)
+        self._count_of: list[Tensor] = []
+        self._call: compiled.Call | None = None
+        self._made_for: tuple[object, ...] = ()
+
+    def _join_counts(self, states: list[dict[str, Any]]) -> Tensor:
+        """The step counts as one tensor, of which each state's is an element: what is done to one is done to the other."""
+        if len(states) != len(self._count_of) or any(
+            own["step"] is not count for own, count in zip(states, self._count_of, strict=True)
+        ):
+            self._counts = torch.stack([own["step"].float().cpu() for own in states])
+            self._count_of = list(self._counts.unbind())
+            for own, count in zip(states, self._count_of, strict=True):
+                own["step"] = count
+        return self._counts
+
+    def _repeat(
+        self, parameters: list[Tensor], states: list[dict[str, Any]], rows: Rows, options: list[TensorOptions]
+    ) -> list[float] | None:
+        """Take the step by the call of the one before, if nothing has changed but the gradients; returns the metrics."""
+        if self._call is None or self._made_for != self._structure(parameters, states, rows, options):
+            return None
+        if self._join_counts(states).tolist() != self._call.steps[0].tolist():
+            return None  # somebody has set them
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        moments = (own[name] for name in self._moments for own in states)
+        if not compiled.fit(parameters, gradients, itertools.chain(parameters, moments)):
+            return None
+        if self.gradient_scaler is not None:
+            self._call.factor.copy_(self.gradient_scaler.factors(parameters))
+        self._call(gradients)
+        metrics: list[float] = self._call.metrics[0].tolist()
+        return metrics
+
+    def _structure(
+        self, parameters: list[Tensor], states: list[dict[str, Any]], rows: Rows, options: list[TensorOptions]
+    ) -> tuple[object, ...]:
+        """All that a call is made for and that may change between two steps, but for gradients and step counts."""
+        addresses = [own[name].data_ptr() for name in self._moments for own in states]
+        addresses += [parameter.data_ptr() for parameter in parameters]
+        shapes = [parameter.shape for parameter in parameters]
+        return rows, options, addresses, shapes, self.reference, torch.get_num_threads()
+
+    def _step(
+        self, parameters: list[Tensor], states: list[dict[str, Any]], rows: Rows, options: list[TensorOptions]
+    ) -> list[float]:
+        """Take the step; returns the metrics. If the compiled library takes it, its call is kept."""
+        device = parameters[0].device
+        state = self._stacked(states, device)
+        step = Step(
+            [str(k) for k in range(len(parameters))],
+            [parameter[None] for parameter in parameters],
+            [parameter.grad[None] for parameter in parameters if parameter.grad is not None],
+            {name: torch.tensor([row], dtype=torch.float64, device=device) for name, row in rows},
+            options,
+            KeyedNormal(self._draw_key),
+        )
+        if self.gradient_scaler is not None:
+            step.factor = self.gradient_scaler.factors(parameters)
+        if compiled.supports(step, state):
+            threads = torch.get_num_threads()
+            self._call = compiled.Call(step, state, self._name, raw_maximum=self.reference, threads=threads)
+            self._made_for = self._structure(parameters, states, rows, options)
+            self._call()
+            metrics: list[float] = self._call.metrics[0].tolist()
+            return metrics
+        before = (stateless(clip_by_member_norm), upgd(self._name, raw_maximum=self.reference))
+        after = (stateless(scale), stateless(perturb), stateless(descend))
+        chain(*before, *after).update(step, (None, state, None, None, None))
+        return [float(step.metrics[name]) for name in compiled.METRICS]
+
     def _stacked(self, states: list[dict[str, Any]], device: torch.device) -> UPGDState:
-        steps = torch.tensor([[own["step"].item() for own in states]], dtype=torch.int64, device=device)
+        steps = self._join_counts(states).to(device, torch.int64)[None]
         stacked = {name: {str(k): own[name][None] for k, own in enumerate(states)} for name in self._moments}
         return UPGDState(steps, stacked["utility"], stacked.get("first_moment", {}), stacked.get("second_moment", {}))
 
-    def _hyper_columns(self, groups: list[dict[str, Any]], device: torch.device) -> dict[str, Tensor]:
-        names = ["lr", "weight_decay", "beta_utility", "sigma", "step_factor"]
-        if self._name == "AdaptiveUPGD":
-            names += ["beta1", "beta2", "eps"]
+    def _hyper_rows(self, groups: list[dict[str, Any]]) -> Rows:
         if len(self.param_groups) == 1:
             groups = groups[:1]  # one number for all tensors
-        rows = torch.tensor([[[float(group[name]) for group in groups]] for name in names], dtype=torch.float64).to(device)
-        numbers = dict(zip(names, rows.unbind(), strict=True))
-        coupled = self._name == "UPGD" and not self.reference
-        numbers["coupled_decay" if coupled else "decoupled_decay"] = numbers.pop("weight_decay")
+        decay = "coupled_decay" if self._name == "UPGD" and not self.reference else "decoupled_decay"
+        rows = [(name, tuple([float(group[name]) for group in groups])) for name in self._numbers]
+        rows.append((decay, tuple([float(group["weight_decay"]) for group in groups])))
         if self.max_grad_norm is not None:
-            numbers["max_grad_norm"] = torch.full((1, 1), self.max_grad_norm, dtype=torch.float64, device=device)
-        return numbers
+            rows.append(("max_grad_norm", (float(self.max_grad_norm),) * len(groups)))
+        return rows
 
     def _draw_key(self) -> Tensor:
         return torch.empty(1, dtype=torch.int64).random_(generator=self.generator)
@@ -288,6 +350,7 @@ class AdaptiveUPGD(_UPGDBase):
     _name: ClassVar[OptimizerName] = "AdaptiveUPGD"
     _reference_step_factor = 2.0
     _moments = ("utility", "first_moment", "second_moment")
+    _numbers = (*_UPGDBase._numbers, "beta1", "beta2", "eps")
 
     def __init__(
         self,
