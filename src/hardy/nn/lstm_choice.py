@@ -87,8 +87,8 @@ def rivals(
 ) -> tuple[Work, Work]:
     """Forward and backward pass by the stepped path and by the kernels: the output, its gradients by inputs and weights.
 
-    Inputs and weights are the given ones, without what is not finite. The states are made up, and resets are added: a run begins
-    with states of zeros, and its first sequences may hold no reset.
+    Inputs and weights are the given ones, without what is not finite. The states are made up, and resets are added: a run
+    begins with states of zeros, and its first sequences may hold no reset.
     """
     from hardy.nn import triton_lstm
 

@@ -1,9 +1,9 @@
 """Stacked LSTM and GRU with exact resets inside a sequence.
 
 One step (`StackedRecurrent.step`) runs the whole population on the stacked axis. On a CUDA device so does a sequence
-(`StackedRecurrent.forward`), step by step (see `hardy.nn.stepped`) or, the LSTM, in a kernel (see `hardy.nn.lstm_choice`). On the
-CPU members and parts of the environments run in threads: the LSTM in float32 through Hardy's compiled library where there is one (see `hardy.nn.compiled`), everything else
-through PyTorch's fused kernels (see `hardy.nn.reset_steps`).
+(`StackedRecurrent.forward`), step by step (see `hardy.nn.stepped`) or, the LSTM, in a kernel (see `hardy.nn.lstm_choice`). On
+the CPU members and parts of the environments run in threads: the LSTM in float32 through Hardy's compiled library where there
+is one (see `hardy.nn.compiled`), everything else through PyTorch's fused kernels (see `hardy.nn.reset_steps`).
 
 The recurrent state of one environment is one vector of ``state_size`` numbers: the hidden vectors of all layers, then,
 for the LSTM, the cell vectors. Zero is the initial state.

@@ -5,8 +5,8 @@ recurrent weights, which a cache can hold, and writes what the backward pass nee
 afterwards. So a sequence costs a few launches, whatever T.
 
 A step's product goes part by part through the sum, so that the weights of a wide layer need not fit into a program at once.
-Since registers cannot be indexed, it reads the states (forward) and the gates' gradients (backward) again from where they were just
-written; a barrier stands in between.
+Since registers cannot be indexed, it reads the states (forward) and the gates' gradients (backward) again from where they were
+just written; a barrier stands in between.
 
 The kernels have been run in Triton's interpreter only, and compiled, but never run on a graphics card. That is why
 `hardy.nn.lstm_choice` checks the first call of each shape against the stepped path, and uses them only where they agree with it
@@ -201,7 +201,7 @@ def _backward(
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """Contiguous, from an address that wide reads may start at: any other would have one more kernel compiled, maybe in a capture."""
+    """Contiguous, from an address that wide reads may start at: any other needs a kernel more compiled, maybe in a capture."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
