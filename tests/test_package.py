@@ -205,7 +205,7 @@ def test_optional_packages_are_imported_only_inside_the_functions_that_need_them
             [node for node in ast.parse(file.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))], []
         )
         found = modules & {name.split(".")[0] for name in imported_modules(body)}
-        assert not found or file.name == "time_kernel.py", f"{file}: {found}"
+        assert not found or file.name in ("time_kernel.py", "triton_lstm.py"), f"{file}: {found}"
 
 
 def test_every_dependency_has_its_reason() -> None:

@@ -1,9 +1,9 @@
 """Stacked LSTM and GRU with exact resets inside a sequence.
 
 One step (`StackedRecurrent.step`) runs the whole population on the stacked axis. On a CUDA device so does a sequence
-(`StackedRecurrent.forward`), step by step (see `hardy.nn.stepped`). On the CPU members and parts of the environments run in
-threads: the LSTM in float32 through Hardy's compiled library where there is one (see `hardy.nn.compiled`), everything else
-through PyTorch's fused kernels (see `hardy.nn.reset_steps`).
+(`StackedRecurrent.forward`), step by step (see `hardy.nn.stepped`) or, the LSTM, in a kernel (see `hardy.nn.lstm_choice`). On
+the CPU members and parts of the environments run in threads: the LSTM in float32 through Hardy's compiled library where there
+is one (see `hardy.nn.compiled`), everything else through PyTorch's fused kernels (see `hardy.nn.reset_steps`).
 
 The recurrent state of one environment is one vector of ``state_size`` numbers: the hidden vectors of all layers, then,
 for the LSTM, the cell vectors. Zero is the initial state.
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hardy.nn import compiled, stepped
+from hardy.nn import compiled, lstm_choice
 from hardy.nn.reset_steps import GATES, Rows, input_weights, lay_out
 from hardy.parallel import WorkerPool, pool
 
@@ -130,7 +130,7 @@ class StackedRecurrent(nn.Module):
             if self.kind == "lstm":
                 from_input = torch.baddbmm((bias_ih + bias_hh).unsqueeze(1), output.flatten(1, 2), weight_ih.mT)
                 from_input = from_input.unflatten(1, output.shape[1:3])
-                output = stepped.lstm_layer(from_input, hidden, parts[self.layers + layer], is_first, weight_hh)
+                output = lstm_choice.lstm_layer(from_input, hidden, parts[self.layers + layer], is_first, weight_hh)
                 continue
             from_input = torch.baddbmm(bias_ih.unsqueeze(1), output.flatten(1, 2), weight_ih.mT).unflatten(1, output.shape[1:3])
             outputs = []
