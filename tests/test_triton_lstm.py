@@ -71,7 +71,7 @@ def compare(given):
         torch.testing.assert_close(one.double(), third, **TOLERANCE)
 
 
-@pytest.mark.parametrize("sizes", list(itertools.product((1, 3), (1, 7), (1, 5, 17, 40), (4, 16, 24, 32))), ids=str)
+@pytest.mark.parametrize("sizes", list(itertools.product((1, 3), (1, 7), (1, 5, 17), (4, 24, 32))), ids=str)
 def test_values_and_gradients_equal_the_steps(sizes):
     compare(problem(*sizes))
 
