@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -173,3 +175,13 @@ def test_what_the_library_cannot_take_is_left_to_the_chain(monkeypatch: pytest.M
     step(optimizer, 4)
     assert [int(optimizer.state[p]["step"]) for p in parameters_of(optimizer)] == [3] * 4
     assert len(made) == 2
+
+
+def test_gradients_are_not_kept() -> None:
+    optimizer = prepared()
+    step(optimizer, 2)
+    step(optimizer, 3)
+    kept = [weakref.ref(parameter.grad) for parameter in parameters_of(optimizer)]
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * 4

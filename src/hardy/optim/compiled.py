@@ -129,7 +129,7 @@ def update(
     call = Call(
         step, state, name, raw_maximum=raw_maximum, measuring=measuring, active=active, threads=threads, level=level
     )  # fmt: skip
-    call()
+    call(step.gradients)
     _record(step, call.metrics, [] if measuring is None else measuring.scopes.names)
 
 
@@ -183,20 +183,19 @@ class Call:
         for field, tensor in tensors_of.items():
             setattr(problem, field, tensor.data_ptr())
         self._draw = step.standard_normal.draw if isinstance(step.standard_normal, KeyedNormal) and noisy else None
-        self._gradients = step.gradients
         self._table = _table(problem, step, state, noisy, measuring)
         self._problem = problem
         # Held for the library, which knows their addresses.
         self._held = (tensors_of, step.weights, state, measuring)
 
-    def __call__(self, gradients: Sequence[Tensor] | None = None) -> None:
-        """Take the step, for other gradients than those it was made with if any are given, in the same order.
+    def __call__(self, gradients: Sequence[Tensor]) -> None:
+        """Take the step for these gradients, in the order of the weights; they are not kept.
 
         Raises:
             MemoryError: no memory for the working space; weights and states are as before.
         """
         problem, count = self._problem, self._problem.tensors
-        contiguous = [gradient.contiguous() for gradient in (gradients or self._gradients)]
+        contiguous = [gradient.contiguous() for gradient in gradients]
         self._table[:count] = array("q", [gradient.data_ptr() for gradient in contiguous])
         keys = torch.zeros(problem.members, dtype=torch.int64) if self._draw is None else self._draw()
         problem.keys = keys.data_ptr()

@@ -215,7 +215,7 @@ class _UPGDBase(Optimizer):
             threads = torch.get_num_threads()
             self._call = compiled.Call(step, state, self._name, raw_maximum=self.reference, threads=threads)
             self._made_for = self._structure(parameters, states, rows, options)
-            self._call()
+            self._call(step.gradients)
             metrics: list[float] = self._call.metrics[0].tolist()
             return metrics
         before = (stateless(clip_by_member_norm), upgd(self._name, raw_maximum=self.reference))
