@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shutil
 import sysconfig
@@ -93,8 +94,7 @@ def without_library(monkeypatch: pytest.MonkeyPatch, function: Callable[[], Any]
 
 
 def at_level(monkeypatch: pytest.MonkeyPatch, level: int) -> None:
-    newest = library.update
-    monkeypatch.setattr(library, "update", lambda *args, **kwargs: newest(*args, **kwargs, level=level))
+    monkeypatch.setattr(library, "Call", functools.partial(library.Call, level=level))
 
 
 def assert_same(found: Run, expected: Run) -> None:
@@ -120,7 +120,7 @@ def test_the_library_is_built_where_there_is_a_compiler() -> None:
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARDY_COMPILED", "0")
     assert not library.available()
-    monkeypatch.setattr(library, "update", None)  # calling it would fail
+    monkeypatch.setattr(library, "Call", None)  # calling it would fail
     Run([0, 1], {}, {}).steps(1)
 
 
@@ -150,7 +150,7 @@ def test_it_is_for_float32_on_the_cpu_in_memory_without_gaps() -> None:
 
 
 def test_other_dtypes_take_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "update", None)  # calling it would fail
+    monkeypatch.setattr(library, "Call", None)  # calling it would fail
     Run([0, 1], {}, {}, torch.float64).steps(1)
 
 
@@ -292,7 +292,7 @@ if library.available():
         results = []
         for given in (gradient, gradient.contiguous()):
             step = a_step(gradients=[given], standard_normal=KeyedNormal(lambda: torch.tensor([1])))
-            library.update(step, upgd("UPGD").init({"w": step.weights[0]}), "UPGD")
+            library.Call(step, upgd("UPGD").init({"w": step.weights[0]}), "UPGD")(step.gradients)
             results.append(step.weights[0])
         assert torch.equal(*results) and torch.equal(gradient, before)
         expected = standard_normal(torch.tensor([1]), [torch.empty(1, 3, 5)])[0]

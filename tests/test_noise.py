@@ -33,7 +33,7 @@ def by_library(level: int) -> Source:
         step = Step(names, weights, [torch.zeros_like(w) for w in weights], hyper, options, KeyedNormal(lambda: keys))
         state = upgd("UPGDW").init(dict(zip(names, weights, strict=True)))
         assert compiled.supports(step, state)
-        compiled.update(step, state, "UPGDW", level=level)
+        compiled.Call(step, state, "UPGDW", level=level)(step.gradients)
         return weights
 
     return source

@@ -21,10 +21,8 @@ Change = Callable[[torch.optim.Optimizer], object]
 
 @pytest.fixture(autouse=True)
 def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The calls that have been made, with the library switched on."""
+    """The calls that have been made, with the library switched on; none where it could not be built."""
     monkeypatch.delenv("HARDY_COMPILED", raising=False)
-    if not library.available():
-        pytest.skip("no compiled library")
     calls: list[object] = []
     original = library.Call.__init__
 
@@ -116,7 +114,7 @@ def test_the_call_is_made_once_while_nothing_changes(cls: type, made: list[objec
     optimizer = prepared(cls)
     for seed in range(5):
         step(optimizer, seed)
-    assert len(made) == 1
+    assert len(made) == (1 if library.available() else 0)
     assert [int(optimizer.state[p]["step"]) for p in parameters_of(optimizer)] == [5] * 4
 
 
@@ -174,7 +172,7 @@ def test_what_the_library_cannot_take_is_left_to_the_chain(monkeypatch: pytest.M
     assert not torch.equal(parameters_of(optimizer)[0], before)
     step(optimizer, 4)
     assert [int(optimizer.state[p]["step"]) for p in parameters_of(optimizer)] == [3] * 4
-    assert len(made) == 2
+    assert len(made) == (2 if library.available() else 0)
 
 
 def test_gradients_are_not_kept() -> None:

@@ -101,50 +101,26 @@ def fit(weights: Sequence[Tensor], gradients: Sequence[Tensor], kept: Iterable[T
     )
 
 
-def update(
-    step: Step,
-    state: UPGDState,
-    name: OptimizerName,
-    *,
-    raw_maximum: bool = False,
-    measuring: Measuring | None = None,
-    active: Bool[Tensor, "P"] | None = None,
-    threads: int = 1,
-    level: int = NEWEST_INSTRUCTIONS,
-) -> None:
-    """Take the whole step, in place: weights, states and the step's metrics, which are NaN for members that are not active.
-
-    Args:
-        step: one that the library `supports`; its ``factor`` must be set where the gradient was measured before.
-        name, raw_maximum: as for `hardy.optim.upgd.upgd`.
-        measuring: to measure and scale with VGS as a part of the step.
-        active: members to update; None for all. The others are not looked at.
-        threads: at most that many.
-        level: the newest instruction set to use.
-
-    Raises:
-        MemoryError: no memory for the working space; weights and states are as before.
-        RuntimeError: the microbatch estimator has seen fewer than two contributions.
-    """
-    call = Call(
-        step, state, name, raw_maximum=raw_maximum, measuring=measuring, active=active, threads=threads, level=level
-    )  # fmt: skip
-    call(step.gradients)
-    _record(step, call.metrics, [] if measuring is None else measuring.scopes.names)
-
-
 class Call:
     """A step made ready for the library: taken by calling it, and again with other gradients while all else stays where it is.
 
     Numbers are copied when it is made. Weights and states are changed where they are, and ``state.step`` is counted up.
 
     Args:
-        step, state, name: and the others, as for `update`.
+        step: one that the library `supports`; its ``factor`` must be set where the gradient was measured before.
+        name, raw_maximum: as for `hardy.optim.upgd.upgd`.
+        measuring: to measure and scale with VGS as a part of the step.
+        active: members to update; None for all. The others are not looked at, and their metrics are NaN.
+        threads: at most that many.
+        level: the newest instruction set to use.
 
     Attributes:
         metrics: of the newest step, ``[P, 3 + 2·scopes]``: norm of the raw gradient, largest utility, noise-to-signal ratio.
         factor: in front of the update, ``[P, K]``; may be written to before the next call.
         steps: ``state.step`` itself, ``[P, all]``; the library counts here.
+
+    Raises:
+        RuntimeError: the microbatch estimator has seen fewer than two contributions.
     """
 
     def __init__(
@@ -170,6 +146,7 @@ class Call:
         problem.columns = state.step.shape[1]
         statistics = {} if measuring is None else _statistics(problem, measuring)
         self.factor = step.factor.expand(members, tensors).contiguous()
+        self._scopes = [] if measuring is None else measuring.scopes.names
         self.metrics = torch.full((members, 3 + 2 * problem.scopes), torch.nan, dtype=torch.float64)
         self.steps = state.step
         tensors_of = {
@@ -203,6 +180,12 @@ class Call:
         assert library is not None
         if library.hardy_upgd(ctypes.byref(problem)):
             raise MemoryError(f"the step of {self._weights} weights finds no memory for its working space")
+
+    def record(self, step: Step) -> None:
+        """Set the step's metrics."""
+        step.metrics.update(zip(METRICS, self.metrics.unbind(1), strict=False))
+        if self._scopes:
+            record_factors(step, self._scopes, self.metrics[:, 3::2], self.metrics[:, 4::2])
 
 
 def _numbers(step: Step) -> Float[Tensor, "N P #K"]:
@@ -283,10 +266,3 @@ def _structure(
         [places.get(k, -1) for k in range(len(shapes))],
     )
     return array("q", itertools.chain.from_iterable(rows))
-
-
-def _record(step: Step, metrics: Float[Tensor, "P M"], scopes: Sequence[str]) -> None:
-    columns = metrics.unbind(1)
-    step.metrics.update(zip(METRICS, columns, strict=False))
-    if scopes:
-        record_factors(step, scopes, metrics[:, 3::2], metrics[:, 4::2])

@@ -149,7 +149,11 @@ class PopulationOptimizer:
         if state.vgs is not None:
             measuring = compiled.Measuring(self._scopes, self.vgs.warmup_steps, self.vgs.estimator, state.vgs)
         if compiled.supports(step, state.upgd, measuring):
-            compiled.update(step, state.upgd, self.settings.name, measuring=measuring, active=active, threads=pool().threads)
+            call = compiled.Call(
+                step, state.upgd, self.settings.name, measuring=measuring, active=active, threads=pool().threads
+            )
+            call(step.gradients)
+            call.record(step)
         else:
             states: tuple[Any, ...] = (None, state.upgd, None, None, None)
             with _preserved(~active, step.weights, state):
