@@ -3,7 +3,8 @@ PYTHON ?= python3
 TEST_WORKERS ?= 2
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# Python compiles a module when it is first imported; most of what is installed never is.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -c constraints.txt
 # Written after a successful installation only, so that an interrupted one is done again.
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
@@ -18,7 +19,7 @@ train: $(INSTALLED) ## train the default agent; the results go to artifacts/
 	$(BIN)/hardy train configs/config_train.yaml
 
 test: lint typecheck ## everything that must pass: lint, types, tests, coverage
-	$(BIN)/pytest -q -n $(TEST_WORKERS) --cov --cov-fail-under=90
+	$(BIN)/pytest -q -n $(TEST_WORKERS) --dist worksteal --cov --cov-fail-under=90
 
 lint: $(INSTALLED_DEV) ## check style and formatting
 	$(BIN)/ruff check
@@ -44,15 +45,20 @@ clean: ## remove environments, caches and builds; artifacts/ stays
 # What the compiled libraries are built from: a change installs anew.
 KERNEL := setup.py $(wildcard src/hardy/*/*.cpp src/hardy/*/*.h)
 
-$(INSTALLED): pyproject.toml constraints.txt $(KERNEL)
+define ENVIRONMENT
 	@command -v $(PYTHON) >/dev/null || { echo "Hardy needs Python 3.11 or newer, and $(PYTHON) is not there: make PYTHON=/path/to/python" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Hardy needs Python 3.11 or newer, $(PYTHON) is %d.%d: make PYTHON=python3.11" % v[:2])'
 	@echo "Installing Hardy into .venv (takes a few minutes the first time)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt $(KERNEL)
+	$(ENVIRONMENT)
 	@$(INSTALL) -e .
 	@touch $@
 
-$(INSTALLED_DEV): $(INSTALLED)
-	@echo "Installing the development tools into .venv"
+# Not by way of the other: that would build the compiled libraries twice.
+$(INSTALLED_DEV): pyproject.toml constraints.txt $(KERNEL)
+	$(ENVIRONMENT)
 	@$(INSTALL) -e '.[dev]'
-	@touch $@
+	@touch $(INSTALLED) $@

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -199,12 +201,23 @@ def test_a_schedule_changes_values_at_their_steps_and_is_multiplied_by_others() 
 # ------------------------------------------------------------------------------------------------------------------ resume
 
 
+@pytest.fixture(scope="module")
+def whole_by_mode(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a population that was never interrupted, trained once for each ``after_exploit``."""
+
+    @functools.cache
+    def whole(mode: str) -> Path:
+        return train(make_population(tmp_path_factory.mktemp(mode), after_exploit=mode)).folder
+
+    return whole
+
+
 @pytest.mark.parametrize("iterations", [1, 4, 5])
 @pytest.mark.parametrize("mode", ["burn_in", "reset_env"])
 def test_an_interrupted_population_goes_on_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iterations: int, mode: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_by_mode: Callable[[str], Path], iterations: int, mode: str
 ) -> None:
-    whole = train(make_population(tmp_path / "whole", after_exploit=mode)).folder
+    whole = whole_by_mode(mode)
     with monkeypatch.context() as patched:
         interrupt_after(patched, iterations)
         stopped = train(make_population(tmp_path / "parts", after_exploit=mode))

@@ -71,7 +71,10 @@ def compare(given):
         torch.testing.assert_close(one.double(), third, **TOLERANCE)
 
 
-@pytest.mark.parametrize("sizes", list(itertools.product((1, 3), (1, 7), (1, 5, 17), (4, 24, 32))), ids=str)
+# Members, steps, environments, hidden: the interpreter takes seconds for a large one.
+@pytest.mark.parametrize(
+    "sizes", [*itertools.product((3,), (7,), (1, 5, 17), (4, 24)), (1, 7, 5, 32), (1, 1, 17, 4), (3, 1, 1, 24)], ids=str
+)
 def test_values_and_gradients_equal_the_steps(sizes):
     compare(problem(*sizes))
 
