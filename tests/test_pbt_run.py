@@ -212,8 +212,7 @@ def whole_by_mode(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return whole
 
 
-@pytest.mark.parametrize("iterations", [1, 4, 5])
-@pytest.mark.parametrize("mode", ["burn_in", "reset_env"])
+@pytest.mark.parametrize(("iterations", "mode"), [(1, "burn_in"), (4, "reset_env"), (5, "burn_in")])
 def test_an_interrupted_population_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_by_mode: Callable[[str], Path], iterations: int, mode: str
 ) -> None:

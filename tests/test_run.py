@@ -255,10 +255,10 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_interrupted_run_ends_as_if_never_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
-    whole = train(make_settings(tmp_path / "whole", 12, **TASKS[task])).folder
+    whole = train(make_settings(tmp_path / "whole", 8, **TASKS[task])).folder
     with monkeypatch.context() as patch:
         interrupt_after(patch, 4)
-        outcome = train(make_settings(tmp_path / "cut", 12, **TASKS[task], checkpoint={"every": 10**6}))
+        outcome = train(make_settings(tmp_path / "cut", 8, **TASKS[task], checkpoint={"every": 10**6}))
     assert (outcome.status, outcome.evaluation) == ("interrupted", None)
     assert summary(outcome.folder)["status"] == "interrupted"
     assert checkpoints(outcome.folder) == ["step_000000128.safetensors"]

@@ -5,7 +5,6 @@ Without a CUDA device the kernels run in Triton's interpreter, one NumPy operati
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -73,7 +72,7 @@ def compare(given):
 
 # Members, steps, environments, hidden: the interpreter takes seconds for a large one.
 @pytest.mark.parametrize(
-    "sizes", [*itertools.product((3,), (7,), (1, 5, 17), (4, 24)), (1, 7, 5, 32), (1, 1, 17, 4), (3, 1, 1, 24)], ids=str
+    "sizes", [(3, 7, 1, 24), (3, 7, 5, 4), (3, 7, 17, 24), (1, 7, 5, 32), (1, 1, 17, 4), (3, 1, 1, 24)], ids=str
 )
 def test_values_and_gradients_equal_the_steps(sizes):
     compare(problem(*sizes))
