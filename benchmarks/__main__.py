@@ -28,6 +28,8 @@ from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
 SIZES = ((8, 1), (64, 1), (8, 8))
 """Environments of each agent and agents, as in the section ``throughput``."""
+REFERENCE = "sb3-contrib"
+"""Without this library the measurement has failed; the others are measured where they install."""
 
 
 def peers() -> Iterator[dict[str, Any]]:
@@ -86,6 +88,9 @@ def main() -> None:
     print(f"saved {path}")
     if rows[-1]["interrupted"]:
         sys.exit(INTERRUPTED)
+    if missing := [row["skipped"][REFERENCE] for row in rows if REFERENCE in row["skipped"]]:
+        print_error(f"{REFERENCE}, which Hardy is measured by, was not measured: {missing[0]}")
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

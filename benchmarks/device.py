@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.throughput import RESULTS, machine
-from hardy.config import settings_from_dict
-from hardy.settings import RunSettings
+from benchmarks.throughput import RESULTS, machine, positive
+from hardy.bench.work import LONG, common_settings
 from hardy.trainer import Trainer
 
 WARMUP = 4
@@ -33,24 +32,13 @@ LARGE = {"population": [1, 32], "envs": 2048, "iterations": 20}
 
 def measure(device: str, population: int, envs: int, iterations: int) -> dict[str, Any]:
     """Median speed of single iterations, with the fastest and the slowest."""
-    settings = settings_from_dict(
-        RunSettings,
-        {
-            "device": device,
-            "env": {"id": "CartPoleNoVel-v1", "num_envs": envs, "backend": "torch"},
-            "policy": {"encoder": [128], "memory_size": 128},
-            "critic": {"quantiles": 1},
-            "ppo": {"n_steps": 128, "n_epochs": 4, "n_minibatches": 4},
-            "optimizer": {"lr": 3e-4},
-            "population": {"size": population},
-        },
-    )
+    settings = common_settings(num_envs=envs, population=population, backend="torch", device=device)
     trainer = Trainer(settings)
     steps = population * trainer.steps_per_iteration
     speeds = []
     for iteration in range(WARMUP + iterations):
         began = time.perf_counter()
-        trainer.iterate(10**9)  # ends with the metrics on the host, so everything before has been done
+        trainer.iterate(LONG)  # ends with the metrics on the host, so everything before has been done
         if iteration >= WARMUP:
             speeds.append(steps / (time.perf_counter() - began))
     return {
@@ -67,9 +55,9 @@ def main() -> None:
     """Read the arguments, measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--population", type=int, nargs="+", help="members P")
-    parser.add_argument("--envs", type=int, help="environments N of each")
-    parser.add_argument("--iterations", type=int, help="that are measured")
+    parser.add_argument("--population", type=positive, nargs="+", help="members P")
+    parser.add_argument("--envs", type=positive, help="environments N of each")
+    parser.add_argument("--iterations", type=positive, help="that are measured")
     parser.add_argument("--out", help="name of a JSON file under benchmarks/results/; without it nothing is saved")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():

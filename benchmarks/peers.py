@@ -104,10 +104,12 @@ PEERS = (
     ),
 )
 LEFT_OUT = {
-    "pufferlib": "3.0.0 downloads raylib and Box2D from GitHub while pip builds it, and its NO_OCEAN=1 ends in a NameError"
+    "pufferlib": "3.0.0 downloads raylib and Box2D from GitHub while pip builds it, which failed; its NO_OCEAN=1 is a NameError"
 }
 """Libraries that were tried and have no worker, with the reason."""
 LIBRARIES = {library.name: library for library in (*OURS, *PEERS)}
+_failed: dict[str, str] = {}
+"""Libraries that this process could not install, with the reason."""
 
 
 def wanted(library: Library) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def wanted(library: Library) -> dict[str, Any]:
 def interpreter(library: Library, reinstall: bool = False, pip_options: tuple[str, ...] = ()) -> Path:
     """The interpreter of a library's own environment, which is made on first use and when its requirements change.
 
-    A failed installation is remembered and not tried again until then.
+    A failed installation is not tried again by this process, but by the next.
 
     Args:
         library: of `LIBRARIES`.
@@ -134,12 +136,13 @@ def interpreter(library: Library, reinstall: bool = False, pip_options: tuple[st
         return Path(sys.executable)
     folder = ENVIRONMENTS / library.name
     record = folder / "installed.json"
-    known = json.loads(record.read_text()) if record.is_file() else {}
-    if reinstall or known.get("wanted") != wanted(library):
-        known = {"wanted": wanted(library), "failure": _install(library, folder, pip_options)}
-        record.write_text(json.dumps(known, indent=2) + "\n")
-    if known["failure"]:
-        raise SkippedError(f"not installed: {known['failure']}")
+    found = json.loads(record.read_text()) if record.is_file() else None
+    if reinstall or found != wanted(library):
+        failure = (None if reinstall else _failed.get(library.name)) or _install(library, folder, pip_options)
+        if failure:
+            _failed[library.name] = failure
+            raise SkippedError(f"not installed: {failure}")
+        record.write_text(json.dumps(wanted(library), indent=2) + "\n")
     return folder / "bin" / "python"
 
 

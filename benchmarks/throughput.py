@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.peers import LEFT_OUT, LIBRARIES, OURS, PEERS, ROOT, Library, SkippedError, interpreter
 from benchmarks.processes import CommandError, call
+from hardy.bench import results
 from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,17 +99,18 @@ def measure(library: Library, work: Work, python: Path, limit: float) -> dict[st
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Our speed over theirs in paired repeats, as in `hardy.bench.results.ratio`: the median and the range.
+    """Our speed over theirs in paired repeats (`hardy.bench.results.ratio`): the median and the range.
 
     A repeat that only one of them has finished belongs to no pair.
 
     Raises:
         ValueError: there is no pair.
     """
-    pairs = [mine / other for mine, other in zip(ours, theirs, strict=False)]
+    pairs = min(len(ours), len(theirs))
     if not pairs:
         raise ValueError(f"no pair of repeats: {len(ours)} and {len(theirs)}")
-    return {"median": statistics.median(pairs), "lowest": min(pairs), "highest": max(pairs)}
+    found = results.ratio("speed", "higher", ours[:pairs], theirs[:pairs])
+    return {"median": found.median, "lowest": found.low, "highest": found.high}
 
 
 def summary(library: Library, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=40_000, help="environment steps measured per repeat (40000)")
     parser.add_argument("--limit", type=positive, default=300, help="seconds for one repeat (300)")
     parser.add_argument("--quantiles", type=positive, default=1, help="of Hardy's critic; 1 is the common network (1)")
-    parser.add_argument("--reinstall", action="store_true", help="install the peers anew, also those that failed before")
+    parser.add_argument("--reinstall", action="store_true", help="install the peers anew")
     parser.add_argument("--out", default="throughput", help="name of the JSON file under benchmarks/results/ (throughput)")
     return parser.parse_args(arguments)
 

@@ -14,34 +14,15 @@ import torch
 
 import hardy
 from benchmarks.worker import Clock, main
-from hardy.config import settings_from_dict
-from hardy.settings import RunSettings
+from hardy.bench.work import LONG, common_settings, weights
 from hardy.trainer import Trainer
 
-LONG = 10**9
-"""Steps of the run that the schedules refer to; it is never trained to its end."""
-
-
-def settings(work: dict[str, Any]) -> RunSettings:
-    """The common work in Hardy's words."""
-    return settings_from_dict(
-        RunSettings,
-        {
-            "seed": work["seed"],
-            "threads": work["threads"],
-            "env": {"id": "CartPoleNoVel-v1", "num_envs": work["num_envs"]},
-            "policy": {"encoder": [work["hidden"]], "memory_size": work["hidden"], "shared_memory": True},
-            "critic": {"quantiles": work["quantiles"]},
-            "ppo": {"n_steps": work["num_steps"], "n_epochs": work["epochs"], "n_minibatches": work["minibatches"]},
-            "optimizer": {"name": "AdaptiveUPGD", "lr": work["learning_rate"]},
-            "population": {"size": work["population"]},
-        },
-    )
+NOT_SETTINGS = ("iterations", "warmup")
 
 
 def run(work: dict[str, Any]) -> dict[str, Any]:
     """Train for ``warmup + iterations`` iterations; count time and steps of the latter."""
-    trainer = Trainer(settings(work))
+    trainer = Trainer(common_settings(**{name: value for name, value in work.items() if name not in NOT_SETTINGS}))
     clock = Clock(work, trainer.policy)
     step = trainer.ppo.optimizer.step_
     updates: list[int] = []
@@ -61,7 +42,7 @@ def run(work: dict[str, Any]) -> dict[str, Any]:
         steps=measured,
         episodes=episodes[-1] - episodes[work["warmup"] - 1],
         updates=sum(updates[work["warmup"] :]),
-        weights=sum(weight[0].numel() for weight in trainer.policy.parameters()),
+        weights=weights(trainer),
         observation_size=int(trainer.state.collector.obs.shape[-1]),
         versions={
             "python": platform.python_version(),

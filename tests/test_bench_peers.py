@@ -222,6 +222,7 @@ def test_ctrl_c_keeps_what_is_done(measured: Callable[..., None]) -> None:
 def environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of environments of the test's own, in which nothing but folders is made."""
     monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path / "environments")
+    monkeypatch.setattr(peers, "_failed", {})
 
     def create(folder: Path, **_: Any) -> None:
         (folder / "bin").mkdir(parents=True, exist_ok=True)

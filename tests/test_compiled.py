@@ -8,10 +8,9 @@ import sysconfig
 
 import pytest
 import torch
+from instruction_sets import LEVELS
 
 from hardy.nn import compiled
-
-LEVELS = (0, 1, 2)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from instruction_sets import LEVELS
 from torch import Tensor
 
 from hardy.config import tunables
@@ -198,7 +199,7 @@ if library.available():
             torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
 
     @pytest.mark.parametrize("vgs", ["ema", "microbatch"])
-    @pytest.mark.parametrize("level", [0, 1, 2])
+    @pytest.mark.parametrize("level", LEVELS)
     def test_members_are_independent_bit_for_bit(level: int, vgs: str, monkeypatch: pytest.MonkeyPatch) -> None:
         at_level(monkeypatch, level)
         together = Run([0, 1, 2], {}, VGS[vgs]).steps()
@@ -248,7 +249,7 @@ if library.available():
         assert all(value[1].isnan() and value[[0, 2]].isfinite().all() for value in metrics.values())
 
     @pytest.mark.parametrize("sign", [1.0, 0.0, -1.0])
-    @pytest.mark.parametrize("level", [0, 1, 2])
+    @pytest.mark.parametrize("level", LEVELS)
     def test_no_positive_utility(level: int, sign: float, monkeypatch: pytest.MonkeyPatch) -> None:
         """Gates follow U/max |U| where all utilities are negative, and are ½ where all are 0."""
         at_level(monkeypatch, level)
@@ -260,7 +261,7 @@ if library.available():
         torch.testing.assert_close(p.detach(), torch.tensor([1.0, 0.5, 0.25]) + sign * gate)
         assert optimizer.diagnostics["upgd/utility_max"] == pytest.approx(max(sign, sign * 0.25))
 
-    @pytest.mark.parametrize("level", [0, 1, 2])
+    @pytest.mark.parametrize("level", LEVELS)
     def test_gates_are_accurate_from_tiny_to_huge(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
         at_level(monkeypatch, level)
         utility = torch.cat([torch.linspace(-40, 1, 5000), -torch.logspace(-6, 6, 1000)])

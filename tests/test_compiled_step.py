@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from instruction_sets import LEVELS
 from small_runs import shake_, tiny, trainer
 
 from hardy.nn import compiled_step
@@ -22,7 +23,7 @@ from hardy.population import MemberGenerators
 from hardy.rollout import collect
 
 P, E, O = 3, 7, 5  # noqa: E741
-LEVELS = ("packed", 0, 1, 2) if compiled_step.available() else ("packed",)
+PATHS = ("packed", *LEVELS) if compiled_step.available() else ("packed",)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def test_it_is_for_float32_and_can_be_switched_off(monkeypatch):
     assert isinstance(policy.stepper(P, E), PackedStep)
 
 
-@pytest.fixture(params=LEVELS, ids=str)
+@pytest.fixture(params=PATHS, ids=str)
 def level(request, monkeypatch):
     """Packed weights and PyTorch's operations, and every instruction set of the library."""
     if request.param == "packed":

@@ -12,6 +12,7 @@ from hardy.graphs import Captured, CapturedCalls, may_ask
 from hardy.nn import recurrent
 from hardy.optim.noise import standard_normal
 from hardy.population import per_member
+from hardy.profiling import TRACED, WARM_UP, Profile
 
 TORCH = {"env": {"backend": "torch"}}
 CASES = {
@@ -62,6 +63,18 @@ def test_a_captured_update_trains_as_the_ordinary_one(monkeypatch, case):
     for state in states:  # members that add no noise draw keys as well
         state.pop("generators.noise" if case == "no noise" else "none", None)
     assert_same(*states, 1e-9)
+
+
+def test_a_profile_names_what_a_replay_took(monkeypatch, tmp_path):
+    as_on_a_device(monkeypatch)
+    run = trainer(tiny(EVERYTHING, TORCH, ppo={"target_kl": None}), [4])
+    with Profile(tmp_path / "trace.json", "cpu") as profile:
+        for _ in range(WARM_UP + TRACED + 2):
+            with profile.iteration():
+                run.iterate(1000)
+    phases = {line.rsplit(maxsplit=2)[0] for line in profile.table()}
+    assert {"device step", "captured minibatch"} <= phases
+    assert not phases & {"policy step", "environment step", "forward", "loss", "backward", "optimizer"}
 
 
 def _sizes(settings):

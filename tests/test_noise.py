@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from instruction_sets import needs
 from scipy import stats
 from torch import Tensor
 
@@ -39,10 +40,10 @@ def by_library(level: int) -> Source:
     return source
 
 
-SOURCES: dict[str, Source] = {"torch": standard_normal}
+SOURCES = [pytest.param(standard_normal, id="torch")]
 if compiled.available():
-    SOURCES |= {f"compiled {level}": by_library(level) for level in (0, 1, 2)}
-every_source = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
+    SOURCES += [pytest.param(by_library(level), id=f"compiled {level}", marks=needs(level)) for level in (0, 1, 2)]
+every_source = pytest.mark.parametrize("source", SOURCES)
 
 
 def drawn(source: Source, count: int, key: int = 1234567890123456789) -> np.ndarray:

@@ -41,6 +41,9 @@ def path(request):
         set_threads(1)
 
 
+stepped_only = pytest.mark.parametrize("path", [("stepped", 1)], indirect=True)
+
+
 def make(kind, members, inputs, hidden, layers, dtype=torch.float32):
     return StackedRecurrent(kind, inputs, hidden, layers, [torch.Generator().manual_seed(i) for i in range(members)]).to(dtype)
 
@@ -306,6 +309,7 @@ def test_a_fused_kernel_calculates_as_the_formulas_of_a_step(device):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
+@stepped_only
 def test_the_fused_kernels_are_there_with_the_arguments_that_are_given():
     forward = str(torch.ops.aten._thnn_fused_lstm_cell.default._schema)
     backward = str(torch.ops.aten._thnn_fused_lstm_cell_backward_impl.default._schema)
@@ -317,9 +321,8 @@ def test_the_fused_kernels_are_there_with_the_arguments_that_are_given():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sequence_and_its_gradient_can_be_captured_on_a_device(kind, path, monkeypatch):
-    if path != "stepped":
-        return
+@stepped_only
+def test_a_sequence_and_its_gradient_can_be_captured_on_a_device(kind, monkeypatch):
     recordings = captured_on_the_cpu(monkeypatch)
     module = make(kind, 3, 5, 7, 2, torch.float64)
     x, state = torch.randn(3, 11, 2, 5, dtype=torch.float64), torch.randn(3, 2, module.state_size, dtype=torch.float64)

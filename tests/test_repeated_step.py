@@ -91,6 +91,7 @@ CHANGES: dict[str, Change] = {
     "weights turned": turned,
     "utilities elsewhere": lambda o: o.state[parameters_of(o)[0]].update(utility=torch.ones(SHAPES[0])),
     "a state loaded": lambda o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "another generator": lambda o: setattr(o, "generator", torch.Generator().manual_seed(9)),
     "one more group": lambda o: o.add_param_group({"params": [nn.Parameter(torch.ones(3))]}),
 }
 
@@ -143,13 +144,17 @@ def test_gradients_with_gaps_are_read_where_they_are() -> None:
     assert_equal(one, other)
 
 
-def test_the_scaler_s_factor_is_that_of_each_step() -> None:
-    def with_scaler() -> torch.optim.Optimizer:
-        torch.manual_seed(0)
-        layer = nn.Linear(3, 4)
-        scaler = VarianceGradientScaler(layer.named_parameters(), warmup_steps=1, beta=0.5, alpha=1.0)
-        return UPGD(layer.parameters(), lr=0.1, gradient_scaler=scaler)
+def scaler_of(layer: nn.Module) -> VarianceGradientScaler:
+    return VarianceGradientScaler(layer.named_parameters(), warmup_steps=1, beta=0.5, alpha=1.0)
 
+
+def with_scaler() -> UPGD:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4)
+    return UPGD(layer.parameters(), lr=0.1, gradient_scaler=scaler_of(layer))
+
+
+def test_the_scaler_s_factor_is_that_of_each_step() -> None:
     one, other = with_scaler(), with_scaler()
     factors = set()
     for seed in range(6):
@@ -159,6 +164,21 @@ def test_the_scaler_s_factor_is_that_of_each_step() -> None:
         factors.add(one.diagnostics["vgs/scaling_factor"])
         assert_equal(one, other)
     assert len(factors) > 3
+
+
+@pytest.mark.parametrize("begins_with", [True, False])
+def test_a_scaler_may_come_and_go(begins_with: bool) -> None:
+    one, other = with_scaler(), with_scaler()
+    for optimizer in (one, other):
+        held = optimizer.gradient_scaler
+        for seed in range(9):
+            optimizer.gradient_scaler = held if (seed // 3 % 2 == 0) == begins_with else None
+            step(optimizer, seed)
+            if optimizer is other:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # it makes each call anew
+    assert held is not None
+    assert held.scaling_factor < 1
+    assert_equal(one, other)
 
 
 def test_what_the_library_cannot_take_is_left_to_the_chain(monkeypatch: pytest.MonkeyPatch, made: list[object]) -> None:

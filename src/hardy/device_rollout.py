@@ -10,6 +10,7 @@ from hardy.envs import TensorEnv
 from hardy.graphs import Captured
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators
+from hardy.profiling import phase
 from hardy.rollout import RECENT_EPISODES, CollectorState, Normalize, Rollout, assemble, reset_memory_
 
 
@@ -60,8 +61,9 @@ class DeviceCollector:
         initial_state = state.recurrent.clone()
         self._remember(*self._next(state.obs, state.recurrent, state.is_first))
         for _ in range(self.steps):
-            self.env.prepare_step()
-            self._step()
+            with phase("device step"):
+                self.env.prepare_step()
+                self._step()
         reset_memory_(state, ~state.recurrent.isfinite().all(-1))
         # Copies, for the next rollout writes into the same memory.
         kept = {name: value.clone() for name, value in self._kept.items()}

@@ -261,7 +261,8 @@ class PPO:
                 shuffled = whole.environments(generators["shuffle"].permutations(envs, progress.running).to(whole.obs.device))
             for part in _split(shuffled, self.settings.n_minibatches):
                 if captured is not None:
-                    captured(vars(part), hyper)
+                    with phase("captured minibatch"):  # a replay runs none of the phases inside it
+                        captured(vars(part), hyper)
                     continue
                 attack = self._attacker(hyper, limits, generators["attack"], progress.running)
                 gradients, metrics = self._gradients(part, hyper, state, attack)

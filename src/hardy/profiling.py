@@ -17,8 +17,9 @@ import torch
 
 REST = "everything else"
 PHASES = (
-    "policy step", "environment step", "normalising", "rest of the rollout", "returns", "minibatches", "forward", "loss",
-    "backward", "VGS", "optimizer", "adversary", "metrics", "PBT", "logging", "checkpoint", REST,
+    "policy step", "environment step", "device step", "normalising", "rest of the rollout", "returns", "minibatches",
+    "captured minibatch", "forward", "loss", "backward", "VGS", "optimizer", "adversary", "metrics", "PBT", "logging",
+    "checkpoint", REST,
 )  # fmt: skip
 """In the order of the table; docs/configuration.md says what each one covers."""
 WARM_UP = 2

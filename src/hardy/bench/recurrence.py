@@ -22,8 +22,9 @@ from hardy.parallel import available_cores, pool, set_threads
 STEPS = 128
 EPISODES = (22, 400)
 """Lengths: those of a random policy on CartPole, and of one that has nearly learnt."""
-ENVS = (2, 16, 64)
-"""A minibatch of the common work with 8 environments, one with 64, and a whole rollout."""
+CASES = ((1, 1), (1, 2), (1, 16), (1, 64), (1, 1024), (8, 8), (64, 8))
+"""Members and environments: of one member a minibatch of the common work with 8 environments (2) and with 64 (16), a whole
+rollout (64) and the extremes, then populations."""
 
 
 def flop(steps: int, envs: int, members: int, inputs: int, hidden: int) -> float:
@@ -38,13 +39,19 @@ def episode_starts(steps: int, envs: int, length: int) -> Bool[Tensor, "T E"]:
 
 
 def measure(options: Options, say: Say) -> Iterator[Part]:
-    """One part for each number of threads and of environments."""
+    """One part for each number of threads, of members and of environments."""
+    cases: tuple[tuple[int, int], ...] = CASES
+    if options.population or options.envs:
+        cases = tuple((members, envs) for members in options.population or (1,) for envs in options.envs or _envs_of_one())
     threads_wanted = (options.threads,) if options.threads else tuple(range(1, min(2, available_cores()) + 1))
     for threads in threads_wanted:
         set_threads(threads)
-        for members in options.population or (1,):
-            for envs in options.envs or ENVS:
-                yield _compare(members, envs, threads, options, say)
+        for members, envs in cases:
+            yield _compare(members, envs, threads, options, say)
+
+
+def _envs_of_one() -> tuple[int, ...]:
+    return tuple(envs for members, envs in CASES if members == 1)
 
 
 def _compare(members: int, envs: int, threads: int, options: Options, say: Say) -> Part:

@@ -58,18 +58,40 @@ class BenchError(Exception):
     """A measuring process failed."""
 
 
+def common_settings(
+    *,
+    num_envs: int,
+    population: int = 1,
+    num_steps: int = 128,
+    hidden: int = 128,
+    epochs: int = EPOCHS,
+    minibatches: int = MINIBATCHES,
+    learning_rate: float = 3e-4,
+    quantiles: int = 1,
+    backend: str = "auto",
+    **run: object,
+) -> RunSettings:
+    """The common work in Hardy's words.
+
+    Args:
+        backend: of the environments.
+        run: keys of a run, such as ``threads``.
+    """
+    tree = {
+        "env": {"id": "CartPoleNoVel-v1", "num_envs": num_envs, "backend": backend},
+        "policy": {"encoder": [hidden], "memory_size": hidden, "shared_memory": True},
+        "critic": {"quantiles": quantiles},
+        "ppo": {"n_steps": num_steps, "n_epochs": epochs, "n_minibatches": minibatches},
+        "optimizer": {"name": "AdaptiveUPGD", "lr": learning_rate},
+        "population": {"size": population},
+        **run,
+    }
+    return settings_from_dict(RunSettings, tree)
+
+
 def make(work: Work) -> Trainer:
     """A population at work, warmed up by one iteration."""
-    tree = {
-        "threads": work.threads,
-        "env": {"id": "CartPoleNoVel-v1", "num_envs": work.num_envs},
-        "policy": {"encoder": [work.hidden], "memory_size": work.hidden, "shared_memory": True},
-        "critic": {"quantiles": 1},
-        "ppo": {"n_steps": work.num_steps, "n_epochs": EPOCHS, "n_minibatches": MINIBATCHES},
-        "optimizer": {"lr": 3e-4},
-        "population": {"size": work.population},
-    }
-    trainer = Trainer(settings_from_dict(RunSettings, tree))
+    trainer = Trainer(common_settings(**work.model_dump(exclude={"seconds"})))
     trainer.iterate(LONG)
     return trainer
 

@@ -153,10 +153,12 @@ class CompiledStep(PolicyStep):
         # The library follows bare addresses: what would be an error in PyTorch would be somebody else's memory here.
         shapes = (obs.shape, state.shape, is_first.shape)
         dtypes = (obs.dtype, state.dtype, is_first.dtype)
-        if shapes != self._shapes or dtypes != (torch.float32, torch.float32, torch.bool):
+        here = obs.is_cpu and state.is_cpu and is_first.is_cpu
+        if shapes != self._shapes or dtypes != (torch.float32, torch.float32, torch.bool) or not here:
             raise ValueError(
-                f"obs, state and is_first of shapes {[tuple(shape) for shape in shapes]} and types {dtypes}: "
-                f"{list(self._shapes)}, float32 and bool are needed"
+                f"obs, state and is_first of shapes {[tuple(shape) for shape in shapes]} and types {dtypes} on "
+                f"{obs.device}, {state.device} and {is_first.device}: {list(self._shapes)}, "
+                "float32 and bool on the CPU are needed"
             )
         obs, state, is_first = obs.contiguous(), state.contiguous(), is_first.contiguous()
         following = torch.empty_like(state)

@@ -115,17 +115,19 @@ def _wave(like: Tensor, pace: float) -> Tensor:
 
 def cuda_seconds(work: Work) -> float:
     """Shortest time of a call in a captured graph: there neither way pays for Python, in which the stepped one has more."""
-    captured = Captured(work, torch.device("cuda"))
-    for _ in range(WARMUP + 1):
-        captured()
+    device = work()[0].device
+    captured = Captured(work, device)
     best = float("inf")
-    for _ in range(REPETITIONS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        captured()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1000)
+    with torch.cuda.device(device):  # streams and events are those of the card in use
+        for _ in range(WARMUP + 1):
+            captured()
+        for _ in range(REPETITIONS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            captured()
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1000)
     return best
 
 

@@ -36,7 +36,7 @@ ENTRIES = 4096
 PROGRAMS = 128
 """About as many as a large card runs side by side; only beyond that is it worth it that a program takes more environments."""
 PART = 16
-"""Terms of a product that are read at once. With it no kernel compiled for sm_90 needs more registers than there are."""
+"""Terms of a product that are read at once: the fewest that `tl.dot` takes, so that they fill the fewest registers."""
 
 
 def lstm_layer(

@@ -193,7 +193,8 @@ class _UPGDBase(Optimizer):
         addresses = [own[name].data_ptr() for name in self._moments for own in states]
         addresses += [parameter.data_ptr() for parameter in parameters]
         shapes = [parameter.shape for parameter in parameters]
-        return rows, options, addresses, shapes, self.reference, torch.get_num_threads()
+        scaled = self.gradient_scaler is not None
+        return rows, options, addresses, shapes, scaled, self.reference, torch.get_num_threads()
 
     def _step(
         self, parameters: list[Tensor], states: list[dict[str, Any]], rows: Rows, options: list[TensorOptions]
