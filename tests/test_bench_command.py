@@ -335,8 +335,12 @@ def test_sigterm_ends_a_section_and_the_training_that_it_started() -> None:
 # -------------------------------------------------------------------------------------------------------------- make bench
 
 
-def make_bench(folder: Path, interrupted_at: int | None = None) -> subprocess.CompletedProcess[str]:
-    """``python -m benchmarks`` where neither sections nor libraries are run; one of the sizes may be interrupted."""
+def make_bench(folder: Path, interrupted_at: int | None = None, missing: str = "missing") -> subprocess.CompletedProcess[str]:
+    """``python -m benchmarks`` where neither sections nor libraries are run; one of the sizes may be interrupted.
+
+    Args:
+        missing: a library that could not be measured.
+    """
     script = f"""
 import pathlib
 from unittest.mock import create_autospec
@@ -359,7 +363,7 @@ def compare(num_envs, *, population, progress, threads=2):
             "slow": library("slow", 1.0, 1.0),
         }},
         "ratios": {{}},
-        "skipped": {{"missing": "why"}},
+        "skipped": {{{missing!r}: "why"}},
         "interrupted": len(sizes) == {interrupted_at},
     }}
 throughput.compare = create_autospec(throughput.compare, side_effect=compare)
@@ -388,6 +392,13 @@ def test_make_bench_saves_the_sections_and_the_peers(tmp_path: Path) -> None:
     assert "hardy over slow; N = 64, P = 1, 2 threads" in (tmp_path / "bench.md").read_text()
     assert (tmp_path / "peers.png").exists()
     assert save(found, tmp_path / "again").read_text() == (tmp_path / "bench.json").read_text()
+
+
+def test_make_bench_fails_without_the_library_that_hardy_is_measured_by(tmp_path: Path) -> None:
+    ran = make_bench(tmp_path, missing="sb3-contrib")
+    assert ran.returncode == 1
+    assert "sb3-contrib, which Hardy is measured by, was not measured: why" in " ".join(ran.stderr.split())
+    assert (tmp_path / "bench.json").exists()
 
 
 def test_an_interrupted_make_bench_keeps_the_peers_it_has(tmp_path: Path) -> None:
