@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import gymnasium
 import numpy as np
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from hardy.config import Settings
 from hardy.nn import compiled_step
+from hardy.nn.compiled_sequence import CompiledSequence
 from hardy.nn.compiled_step import CompiledStep
 from hardy.nn.distributions import ActionDistribution, action_noise, distribution_head_size, make_distribution
 from hardy.nn.linear import Activation, StackedLinear, StackedMLP
-from hardy.nn.packed_step import OBSERVATION, Act, PackedStep, PolicyStep
+from hardy.nn.packed_step import OBSERVATION, Act, Layers, PackedStep, PolicyStep
 from hardy.nn.recurrent import StackedRecurrent
 from hardy.ops.categorical import FIRST_SUPPORT
 from hardy.ops.critic import Critic, CriticSettings
@@ -28,6 +29,7 @@ from hardy.population import MemberGenerators
 ACTION_GAIN = 0.01
 """The first policy is nearly uniform, so that early exploration does not depend on the draw of the weights."""
 
+LayersT = TypeVar("LayersT", bound=Layers)
 StepOutputs = tuple[Tensor, Tensor, Tensor]
 """The actor's outputs ``[P, E, A]``, the critics' ``[P, E, K]`` and the state ``[P, E, S]`` after a step."""
 
@@ -145,6 +147,7 @@ class ActorCritic(nn.Module):
         self.values = Critic(critic, getattr(self.critic, "support", None))
         if isinstance(action_space, gymnasium.spaces.Box):
             self.actor.log_std = nn.Parameter(torch.full((len(seeds), actions), settings.log_std_init))
+        self._sequence = self._laid_out(CompiledSequence()) if self._layered else None
 
     def initial_state(self, members: int, envs: int) -> Float[Tensor, "P E S"]:
         """The state at the start of an episode: zeros."""
@@ -178,22 +181,30 @@ class ActorCritic(nn.Module):
 
     def stepper(self, members: int, envs: int) -> Callable[[Tensor, Tensor, Tensor], StepOutputs]:
         """`step_outputs` for many steps with the weights of this moment, without gradients; compiled where that is possible."""
-        settings = self.settings
-        if settings.memory == "gru" or settings.layer_norm:
+        if not self._layered:
             return self.step_outputs
         step: PolicyStep = PackedStep()
         if compiled_step.available() and self.dtype is torch.float32 and self.device.type == "cpu":
             step = CompiledStep(members, envs, self.state_size, pool().threads)
+        return self._laid_out(step)
+
+    @property
+    def _layered(self) -> bool:
+        """Whether linear layers and LSTMs are all there is."""
+        return self.settings.memory != "gru" and not self.settings.layer_norm
+
+    def _laid_out(self, layers: LayersT) -> LayersT:
+        """``layers`` with all of the policy's, ready for calls."""
         features, state_at = [], 0
         for trunk in self._own_trunks:
-            layer = step.add_mlp(OBSERVATION, trunk.encoder)
-            features.append(layer if trunk.memory is None else step.add_lstm(layer, trunk.memory, state_at))
+            layer = layers.add_mlp(OBSERVATION, trunk.encoder)
+            features.append(layer if trunk.memory is None else layers.add_lstm(layer, trunk.memory, state_at))
             state_at += trunk.state_size
         branches = [(self.actor, features[0]), (self.critic, features[-1])]
         if self.values.heads == 2:
             branches.append((self.critic.twin, features[-1]))
-        actor, *critics = (step.add_linear(step.add_mlp(source, branch.head), branch.output) for branch, source in branches)
-        return step.pack(actor, *critics)
+        actor, *critics = (layers.add_linear(layers.add_mlp(source, branch.head), branch.output) for branch, source in branches)
+        return layers.pack(actor, *critics)
 
     def acting(self, step: Callable[[Tensor, Tensor, Tensor], StepOutputs], normalize: Callable[[Tensor], Tensor]) -> Act:
         """A whole time step of a rollout around a `stepper`: observations normalised before it, actions drawn behind it.
@@ -216,6 +227,9 @@ class ActorCritic(nn.Module):
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
     ) -> tuple[ActionDistribution, Float[Tensor, "P T E K"]]:
         """Whole sequences from a stored state: the action distributions and the critics' outputs (which `values` reads)."""
+        if self._sequence is not None and self._sequence.supports(obs, state):
+            outputs, critic = self._sequence(obs, state, is_first)
+            return self.distribution(outputs), critic
         actor_features, critic_features = self.features(obs, state, is_first)
         return self.distribution(self.actor(actor_features)), self._critics(critic_features)
 

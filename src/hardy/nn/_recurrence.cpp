@@ -5,10 +5,11 @@
 // depend on its neighbours, and the gradients of the weights are summed in the order of t * E + e, whatever rows ran together:
 // neither the number of threads nor that of parts changes a bit.
 //
-// And one time step of a whole policy, weights packed beforehand: the rollout's case.
+// Linear layers over whole sequences (see `_recurrence_linear.h`), so that a policy's gradients need nothing else. And one time
+// step of a whole policy, weights packed beforehand: the rollout's case.
 //
-// Plain C interface, no Python or PyTorch headers. Called by hardy/nn/compiled.py, whose `_Problem` mirrors the one here, and by
-// hardy/nn/compiled_step.py, whose `_Layer` and `_Network` do.
+// Plain C interface, no Python or PyTorch headers. Called by hardy/nn/compiled.py, whose `_Problem` mirrors the one here, by
+// hardy/nn/compiled_sequence.py, whose `_Linear` does, and by hardy/nn/compiled_step.py, whose `_Layer` and `_Network` do.
 
 #include <algorithm>
 #include <cmath>
@@ -65,6 +66,22 @@ struct Block {
 };
 
 enum Kind : int64_t { LINEAR, TANH, RELU, ELU, SILU, LSTM };
+
+// A linear layer with its activation on the rows of every member.
+struct Linear {
+    int64_t members, rows, inputs, outputs;
+    int64_t kind;  // the activation, or LINEAR
+    int64_t adds;  // 1: the gradients of the inputs are added to what is there
+    int64_t threads, level;
+    const float* x;              // [P, M, I]
+    const float *weight, *bias;  // [P, O, I], [P, O]
+    float* output;               // [P, M, O]
+    float* before;               // [P, M, O] what goes into a SILU, else null
+    const float* grad_output;    // [P, M, O]; null: values are wanted
+    float* grad_sums;            // [P, M, O] gradients ahead of the activation; not for LINEAR
+    float* grad_x;               // [P, M, I], or null
+    float *grad_weight, *grad_bias;
+};
 
 // One layer of a policy: a linear one with its activation, or an LSTM cell.
 struct Layer {
@@ -150,18 +167,27 @@ struct Kernel {
     void (*weight_gradient)(const Block&, float*, const float**, float**);
     void (*pack)(const Layer&, int64_t member);
     void (*run_layer)(const Layer&, int64_t member, const LayerRows&, int64_t count);
+    void (*activate)(int64_t kind, const float* from, int64_t count, float* to);
+    void (*deactivate)(int64_t kind, const float* before, const float* after, int64_t count, const float* gradient, float* to);
+    void (*linear_inputs_back)(
+        const float* const* weight, int64_t inputs, int64_t outputs, const float* const* from, int64_t count, bool add, float*,
+        float* const* to);
+    void (*column_sums)(const float*, int64_t count, int64_t width, int64_t first, int64_t last, bool add, float* to);
     int64_t wide;  // columns of a panel
 };
+
+#define KERNEL(set) \
+    {set::forward, set::backward, set::weight_gradient, set::pack, set::run_layer, set::activate, set::deactivate, \
+     set::linear_inputs_back, set::column_sums, set::WIDE}
 
 Kernel choose(int64_t level) {
 #ifdef HARDY_DISPATCH
     if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return {avx512::forward, avx512::backward, avx512::weight_gradient, avx512::pack, avx512::run_layer, avx512::WIDE};
-    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return {avx2::forward, avx2::backward, avx2::weight_gradient, avx2::pack, avx2::run_layer, avx2::WIDE};
+        return KERNEL(avx512);
+    if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return KERNEL(avx2);
 #endif
     static_cast<void>(level);
-    return {plain::forward, plain::backward, plain::weight_gradient, plain::pack, plain::run_layer, plain::WIDE};
+    return KERNEL(plain);
 }
 
 struct Row {
@@ -322,6 +348,8 @@ int run(const Problem& problem) {
     return weight_gradients(problem, zeros.data(), kernel) ? 0 : 1;
 }
 
+#include "_recurrence_linear.h"
+
 #include "_recurrence_act.h"
 
 // One time step of environments begin .. end - 1 of one member, layer after layer.
@@ -382,6 +410,17 @@ EXPORTED int64_t hardy_lstm_version() { return 2; }
 EXPORTED int hardy_lstm(const Problem* problem) {
     try {
         return run(*problem);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// As above, for `Linear`.
+EXPORTED int64_t hardy_linear_version() { return 1; }
+
+EXPORTED int hardy_linear(const Linear* linear) {
+    try {
+        return run(*linear);
     } catch (const std::bad_alloc&) {
         return 1;
     }

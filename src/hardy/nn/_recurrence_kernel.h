@@ -55,21 +55,20 @@ inline Vector tanh(Vector x) {
 }
 
 // sums[r][v] += sum over k of rows[r][k * stride] * panel[k][v]
-template <int COUNT>
+template <int COUNT, int VECTORS>
 inline __attribute__((always_inline)) void accumulate(
-    Vector (&sums)[COUNT][4], const float* const* rows, int64_t stride, const float* panel, int64_t depth) {
+    Vector (&sums)[COUNT][VECTORS], const float* const* rows, int64_t stride, const float* panel, int64_t depth) {
     const float* row[COUNT];
     for (int r = 0; r < COUNT; ++r) row[r] = rows[r];
-    for (int64_t k = 0; k < depth; ++k, panel += WIDE) {
-        const Vector* column = reinterpret_cast<const Vector*>(panel);
-        const Vector c0 = column[0], c1 = column[1], c2 = column[2], c3 = column[3];
+    for (int64_t k = 0; k < depth; ++k, panel += VECTORS * LANES) {
+        Vector column[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) column[v] = reinterpret_cast<const Vector*>(panel)[v];
 #pragma GCC unroll 8
         for (int r = 0; r < COUNT; ++r) {
             const float scale = row[r][k * stride];
-            sums[r][0] += scale * c0;
-            sums[r][1] += scale * c1;
-            sums[r][2] += scale * c2;
-            sums[r][3] += scale * c3;
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] += scale * column[v];
         }
     }
 }
@@ -134,7 +133,7 @@ struct Projection {
             const Vector start = load(bias + v * hidden + unit, units);
             for (int r = 0; r < COUNT; ++r) sums[r][v] = start;
         }
-        accumulate<COUNT>(sums, rows.x + first, 1, panel, problem.inputs);
+        accumulate(sums, rows.x + first, 1, panel, problem.inputs);
         for (int r = 0; r < COUNT; ++r)
             for (int v = 0; v < 4; ++v) store(rows.gates + (rows.at[first + r] * 4 + v) * hidden + unit, sums[r][v], units);
     }
@@ -157,7 +156,7 @@ struct Step {
             stored |= rows.hidden[first + r] != rows.zeros;
             for (int v = 0; v < 4; ++v) sums[r][v] = load(rows.gates + (rows.at[first + r] * 4 + v) * hidden + unit, units);
         }
-        if (stored) accumulate<COUNT>(sums, rows.hidden + first, 1, panel, hidden);
+        if (stored) accumulate(sums, rows.hidden + first, 1, panel, hidden);
         for (int r = 0; r < COUNT; ++r) {
             const int64_t m = first + r, at = rows.at[m];
             const Vector input = sigmoid(sums[r][0]), forget = sigmoid(sums[r][1]);
@@ -189,7 +188,7 @@ struct StepBack {
     void run(int64_t first) {
         const int64_t hidden = problem.hidden;
         Vector sums[COUNT][4] = {};
-        if (!ending) accumulate<COUNT>(sums, gradient_after + first, 1, panel, 4 * hidden);
+        if (!ending) accumulate(sums, gradient_after + first, 1, panel, 4 * hidden);
         for (int r = 0; r < COUNT; ++r)
             for (int v = 0; v < 4 && unit + v * LANES < hidden; ++v) one(first + r, unit + v * LANES, sums[r][v]);
     }
@@ -226,7 +225,7 @@ struct Product {
     template <int COUNT>
     void run(int64_t first) {
         Vector sums[COUNT][4] = {};
-        accumulate<COUNT>(sums, from + first, stride, panel, depth);
+        accumulate(sums, from + first, stride, panel, depth);
         for (int r = 0; r < COUNT; ++r)
             for (int64_t v = 0, column = at; v < 4 && column < columns; ++v, column += LANES) {
                 float* target = to[first + r] + column;
@@ -254,6 +253,13 @@ void forward(const Problem& problem, const Rows& rows, float* workspace) {
         }
 }
 
+// to[i] (+)= sum over m of values[m][i] for columns first .. last - 1
+inline void column_sums(const float* values, int64_t count, int64_t width, int64_t first, int64_t last, bool add, float* to) {
+    if (!add) std::memset(to + first, 0, static_cast<size_t>(last - first) * sizeof(float));
+    for (int64_t m = 0; m < count; ++m)
+        for (int64_t i = first; i < last; ++i) to[i] += values[m * width + i];
+}
+
 void weight_gradient(const Block& block, float* panel, const float** from, float** to) {
     for (int64_t begin = 0; begin < block.count; begin += DEPTH) {
         const int64_t count = block.count - begin < DEPTH ? block.count - begin : DEPTH;
@@ -265,10 +271,7 @@ void weight_gradient(const Block& block, float* panel, const float** from, float
         pack_columns(block.factor + begin, count, block.columns, block.at, panel);
         Product product{from, block.gates, panel, count, to, block.at, block.columns, begin > 0};
         in_blocks(block.first, block.last, product);
-        if (block.bias == nullptr) continue;
-        if (begin == 0) std::memset(block.bias + block.first, 0, static_cast<size_t>(block.last - block.first) * sizeof(float));
-        for (int64_t m = 0; m < count; ++m)
-            for (int64_t i = block.first; i < block.last; ++i) block.bias[i] += grad_gates[m * block.gates + i];
+        if (block.bias != nullptr) column_sums(grad_gates, count, block.gates, block.first, block.last, begin > 0, block.bias);
     }
 }
 

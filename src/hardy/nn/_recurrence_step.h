@@ -1,8 +1,13 @@
-// One layer of a policy for one time step of some environments of one member, for one instruction set. Included beside
-// `_recurrence_kernel.h`, whose loops it uses: sums are taken in the same order as over whole sequences.
+// One layer of a policy on some rows of one member, for one instruction set: environments in one time step, or, of a linear layer,
+// the steps of a sequence. Included beside `_recurrence_kernel.h`, whose loops it uses: sums are taken in the same order as over
+// whole sequences.
 
-// Columns of outputs that one panel of a layer holds: LANES units with their four gates, or WIDE outputs.
-inline int64_t panel_outputs(const Layer& layer) { return layer.kind == LSTM ? LANES : WIDE; }
+// A layer of few outputs, as heads are, fills one vector only: four would compute mostly what nobody asked for.
+inline bool narrow(const Layer& layer) { return layer.kind != LSTM && layer.outputs <= LANES; }
+
+// Outputs that one panel of a layer holds (an LSTM's with their four gates), and the length of its lines.
+inline int64_t panel_outputs(const Layer& layer) { return layer.kind == LSTM || narrow(layer) ? LANES : WIDE; }
+inline int64_t panel_width(const Layer& layer) { return narrow(layer) ? LANES : WIDE; }
 
 inline int64_t panel_depth(const Layer& layer) { return layer.inputs + (layer.kind == LSTM ? layer.outputs : 0); }
 
@@ -10,22 +15,23 @@ inline int64_t panel_depth(const Layer& layer) { return layer.inputs + (layer.ki
 // that the last panel lacks keep any number; what is computed from them is never stored.
 void pack(const Layer& layer, int64_t member) {
     const int64_t tile = 16, depth = panel_depth(layer), inputs = layer.inputs, outputs = layer.outputs;
+    const int64_t width = panel_width(layer);
     const int64_t rows = layer.kind == LSTM ? 4 * outputs : outputs;
     const float* weight = layer.weight + member * rows * inputs;
     const float* bias = layer.bias + member * rows;
     const float* weight_hh = layer.kind == LSTM ? layer.weight_hh + member * rows * outputs : nullptr;
     const float* bias_hh = layer.kind == LSTM ? layer.bias_hh + member * rows : nullptr;
     float* panel = layer.panels + member * layer.panel_stride;
-    for (int64_t at = 0; at < outputs; at += panel_outputs(layer), panel += (1 + depth) * WIDE)
+    for (int64_t at = 0; at < outputs; at += panel_outputs(layer), panel += (1 + depth) * width)
         for (int64_t begin = 0; begin < depth; begin += tile) {
             const int64_t end = begin + tile < depth ? begin + tile : depth;
-            for (int64_t lane = 0; lane < WIDE; ++lane) {
+            for (int64_t lane = 0; lane < width; ++lane) {
                 const int64_t unit = layer.kind == LSTM ? at + lane % LANES : at + lane;
                 if (unit >= outputs) continue;
                 const int64_t row = layer.kind == LSTM ? lane / LANES * outputs + unit : unit;
                 if (begin == 0) panel[lane] = layer.kind == LSTM ? bias[row] + bias_hh[row] : bias[row];
                 for (int64_t k = begin; k < end; ++k)
-                    panel[(1 + k) * WIDE + lane] = k < inputs ? weight[row * inputs + k] : weight_hh[row * outputs + k - inputs];
+                    panel[(1 + k) * width + lane] = k < inputs ? weight[row * inputs + k] : weight_hh[row * outputs + k - inputs];
             }
         }
 }
@@ -42,7 +48,8 @@ inline Vector activated(Vector x, int64_t kind) {
     }
 }
 
-struct LayerBlock {
+template <int VECTORS>
+struct LinearBlock {
     const Layer& layer;
     const LayerRows& rows;
     const float* panel;
@@ -50,18 +57,30 @@ struct LayerBlock {
 
     template <int COUNT>
     void run(int64_t first) {
+        Vector sums[COUNT][VECTORS];
+        for (int v = 0; v < VECTORS; ++v)
+            for (int r = 0; r < COUNT; ++r) sums[r][v] = reinterpret_cast<const Vector*>(panel)[v];
+        accumulate(sums, rows.in + first, 1, panel + VECTORS * LANES, layer.inputs);
+        for (int r = 0; r < COUNT; ++r)
+            for (int64_t v = 0, unit = at; v < VECTORS && unit < layer.outputs; ++v, unit += LANES)
+                store(rows.out[first + r] + unit, activated(sums[r][v], layer.kind), layer.outputs - unit);
+    }
+};
+
+struct CellBlock {
+    const Layer& layer;
+    const LayerRows& rows;
+    const float* panel;
+    int64_t at;
+
+    template <int COUNT>
+    void run(int64_t first) {
         Vector sums[COUNT][4];
         for (int v = 0; v < 4; ++v)
             for (int r = 0; r < COUNT; ++r) sums[r][v] = reinterpret_cast<const Vector*>(panel)[v];
-        accumulate<COUNT>(sums, rows.in + first, 1, panel + WIDE, layer.inputs);
-        if (layer.kind == LSTM) {
-            accumulate<COUNT>(sums, rows.hidden + first, 1, panel + (1 + layer.inputs) * WIDE, layer.outputs);
-            for (int r = 0; r < COUNT; ++r) cell(first + r, sums[r]);
-            return;
-        }
-        for (int r = 0; r < COUNT; ++r)
-            for (int64_t v = 0, unit = at; v < 4 && unit < layer.outputs; ++v, unit += LANES)
-                store(rows.out[first + r] + unit, activated(sums[r][v], layer.kind), layer.outputs - unit);
+        accumulate(sums, rows.in + first, 1, panel + WIDE, layer.inputs);
+        accumulate(sums, rows.hidden + first, 1, panel + (1 + layer.inputs) * WIDE, layer.outputs);
+        for (int r = 0; r < COUNT; ++r) cell(first + r, sums[r]);
     }
 
     inline __attribute__((always_inline)) void cell(int64_t row, const Vector (&sums)[4]) {
@@ -72,10 +91,56 @@ struct LayerBlock {
     }
 };
 
-void run_layer(const Layer& layer, int64_t member, const LayerRows& rows, int64_t count) {
+template <class Block>
+void run_panels(const Layer& layer, int64_t member, const LayerRows& rows, int64_t count) {
     const float* panel = layer.panels + member * layer.panel_stride;
-    for (int64_t at = 0; at < layer.outputs; at += panel_outputs(layer), panel += (1 + panel_depth(layer)) * WIDE) {
-        LayerBlock block{layer, rows, panel, at};
+    const int64_t size = (1 + panel_depth(layer)) * panel_width(layer);
+    for (int64_t at = 0; at < layer.outputs; at += panel_outputs(layer), panel += size) {
+        Block block{layer, rows, panel, at};
         in_blocks(0, count, block);
+    }
+}
+
+void run_layer(const Layer& layer, int64_t member, const LayerRows& rows, int64_t count) {
+    if (layer.kind == LSTM)
+        run_panels<CellBlock>(layer, member, rows, count);
+    else if (narrow(layer))
+        run_panels<LinearBlock<1>>(layer, member, rows, count);
+    else
+        run_panels<LinearBlock<4>>(layer, member, rows, count);
+}
+
+// to[i] = activation of from[i]
+void activate(int64_t kind, const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += LANES) store(to + i, activated(load(from + i, count - i), kind), count - i);
+}
+
+// gradient[i] *= the activation's derivative, from its result, or for SILU from what went in
+void deactivate(int64_t kind, const float* before, const float* after, int64_t count, const float* gradient, float* to) {
+    const Vector zero = {}, one = zero + 1.0f;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Vector y = load(after + i, count - i), from = load(gradient + i, count - i);
+        Vector slope;
+        switch (kind) {
+            case TANH: slope = one - y * y; break;
+            case RELU: slope = y > zero ? one : zero; break;
+            case ELU: slope = y > zero ? one : one + y; break;
+            default: {
+                const Vector x = load(before + i, count - i), s = sigmoid(x);
+                slope = s + s * (x * (one - s));
+            }
+        }
+        store(to + i, from * slope, count - i);
+    }
+}
+
+// The gradients of a linear layer's inputs, for some rows: to[r] (+)= from[r] W
+void linear_inputs_back(
+    const float* const* weight, int64_t inputs, int64_t outputs, const float* const* from, int64_t count, bool add,
+    float* panel, float* const* to) {
+    for (int64_t at = 0; at < inputs; at += WIDE) {
+        pack_columns(weight, outputs, inputs, at, panel);
+        Product product{from, 1, panel, outputs, to, at, inputs, add};
+        in_blocks(0, count, product);
     }
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,12 @@ def lstm_layer(
     """
     _check_shapes(inputs, state, is_first, layer, weights)
     tensors = [tensor.contiguous() for tensor in (inputs, state.detach(), is_first.bool(), *weights)]
+    hidden = weights[1].shape[2]
+    places = layer * hidden, (state.shape[2] // hidden // 2 + layer) * hidden
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        output: Tensor = _Layer.apply(layer, threads, level, *tensors)  # type: ignore[no-untyped-call]  # not annotated
+        output: Tensor = _Layer.apply(places, threads, level, *tensors)  # type: ignore[no-untyped-call]  # not annotated
         return output
-    return _Call(layer, threads, level, tensors).forward()[0]
+    return LSTMCall(places, threads, level, tensors).forward(torch.empty)[0]
 
 
 def _check_shapes(inputs: Tensor, state: Tensor, is_first: Tensor, layer: int, weights: Sequence[Tensor]) -> None:
@@ -107,10 +109,20 @@ def _check_shapes(inputs: Tensor, state: Tensor, is_first: Tensor, layer: int, w
         )
 
 
-class _Call:
-    """One layer's sizes and addresses, as the library wants them."""
+Empty = Callable[..., Tensor]
+"""A shape to a tensor of float32 that holds any numbers, as `torch.empty`."""
 
-    def __init__(self, layer: int, threads: int, level: int, tensors: Sequence[Tensor]) -> None:
+
+class LSTMCall:
+    """One layer's sizes and addresses, as the library wants them.
+
+    Args:
+        places: where in the state of an environment its hidden and its cell vector begin.
+        threads, level: as for `lstm_layer`.
+        tensors: inputs, state, ``is_first`` and the four weights, of shapes that belong together and without gaps in memory.
+    """
+
+    def __init__(self, places: tuple[int, int], threads: int, level: int, tensors: Sequence[Tensor]) -> None:
         self.inputs, state, is_first, *self.weights = tensors
         members, steps, envs, width = self.inputs.shape
         hidden = self.weights[1].shape[2]
@@ -118,13 +130,12 @@ class _Call:
         useful = max(1, min(threads, members * work // SMALLEST_PART))
         # As many tasks as can be shared out evenly; of many members, one task each comes close enough.
         parts = 1 if members >= 4 * useful else useful // math.gcd(members, useful)
-        vectors = state.shape[2] // hidden
         self.problem = _Problem(
             *(members, steps, envs, width, hidden, state.shape[2], parts, useful, level),
             x=self.inputs.data_ptr(),
             is_first=is_first.data_ptr(),
-            state_hidden=state.data_ptr() + layer * hidden * state.itemsize,
-            state_cell=state.data_ptr() + (vectors // 2 + layer) * hidden * state.itemsize,
+            state_hidden=state.data_ptr() + places[0] * state.itemsize,
+            state_cell=state.data_ptr() + places[1] * state.itemsize,
         )
         for name, weight in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), self.weights, strict=True):
             setattr(self.problem, name, weight.data_ptr())
@@ -137,33 +148,41 @@ class _Call:
         if library.hardy_lstm(ctypes.byref(self.problem)):
             raise MemoryError(f"the LSTM over inputs of shape {tuple(self.inputs.shape)} finds no memory for its working space")
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, empty: Empty) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs, and what `backward` needs besides: activated gates and cell vectors."""
         members, steps, envs, _ = self.inputs.shape
         hidden = self.problem.hidden
-        output = self.inputs.new_empty(members, steps, envs, hidden)
-        gates = self.inputs.new_empty(members, steps, envs, 4 * hidden)
-        cell = self.inputs.new_empty(members, steps, envs, hidden)
+        output, gates, cell = (empty(members, steps, envs, width * hidden) for width in (1, 4, 1))
         self.run(output=output, gates=gates, cell=cell)
         return output, gates, cell
 
     def backward(
-        self, output: Tensor, gates: Tensor, cell: Tensor, grad_output: Tensor, with_inputs: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        grad_x = torch.empty_like(self.inputs) if with_inputs else None
+        self, made: Sequence[Tensor], grad_output: Tensor, empty: Empty, grad_x: Tensor | None, adds: bool = False
+    ) -> list[Tensor]:
+        """Gradients of the four weights; those of the inputs are written into ``grad_x`` where that is given, or added to it.
+
+        Args:
+            made: what `forward` returned.
+        """
+        written = empty(*self.inputs.shape) if adds else grad_x
         grads = [torch.empty_like(weight) for weight in self.weights[:3]]
-        optional = {} if grad_x is None else {"grad_x": grad_x}
+        optional = {} if written is None else {"grad_x": written}
+        output, gates, cell = made
         self.run(
-            output=output, gates=gates, cell=cell, grad_output=grad_output, grad_gates=torch.empty_like(gates),
+            output=output, gates=gates, cell=cell, grad_output=grad_output, grad_gates=empty(*gates.shape),
             grad_weight_ih=grads[0], grad_weight_hh=grads[1], grad_bias=grads[2], **optional,
         )  # fmt: skip
-        return grad_x, grads
+        if adds and grad_x is not None:
+            grad_x += written
+        # Both biases have the same gradient, but not the same memory: who scales gradients in place must not do it twice.
+        return [*grads, grads[2].clone()]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: int, threads: int, level: int, *tensors: Tensor) -> Tensor:
-        ctx.layer, ctx.threads, ctx.level = layer, threads, level
-        output, gates, cell = _Call(layer, threads, level, tensors).forward()
+    def forward(ctx: Any, places: tuple[int, int], threads: int, level: int, *tensors: Tensor) -> Tensor:
+        ctx.options = places, threads, level
+        output, gates, cell = LSTMCall(*ctx.options, tensors).forward(torch.empty)
         ctx.save_for_backward(*tensors, output, gates, cell)
         return output
 
@@ -171,8 +190,7 @@ class _Layer(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, output, gates, cell = ctx.saved_tensors
-        call = _Call(ctx.layer, ctx.threads, ctx.level, tensors)
-        grad_output = grad_outputs[0].contiguous()
-        grad_x, (grad_ih, grad_hh, grad_bias) = call.backward(output, gates, cell, grad_output, ctx.needs_input_grad[3])
-        # Both biases have the same gradient, but not the same memory: who scales gradients in place must not do it twice.
-        return (None, None, None, grad_x, None, None, grad_ih, grad_hh, grad_bias, grad_bias.clone())
+        grad_x = torch.empty_like(tensors[0]) if ctx.needs_input_grad[3] else None
+        call = LSTMCall(*ctx.options, tensors)
+        grads = call.backward((output, gates, cell), grad_outputs[0].contiguous(), torch.empty, grad_x)
+        return (None, None, None, grad_x, None, None, *grads)

@@ -29,8 +29,8 @@ Act = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, T
 """Observation as it comes ``[P, E, O]``, state, ``is_first``, the action's noise to the action and a `PolicyStep`'s results."""
 
 
-class PolicyStep(ABC):
-    """A time step of a policy, made layer by layer in the order of computation, then called for many steps."""
+class Layers(ABC):
+    """A policy made layer by layer in the order of computation."""
 
     @abstractmethod
     def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
@@ -49,7 +49,11 @@ class PolicyStep(ABC):
 
     @abstractmethod
     def pack(self, actor: int, *critics: int) -> Self:
-        """Take the weights as they are now, for steps that return the outputs of these linear layers."""
+        """Make ready for calls that return the outputs of these linear layers."""
+
+
+class PolicyStep(Layers):
+    """A time step of a policy, called for many steps with the weights that the layers had when it was packed."""
 
     @abstractmethod
     def __call__(

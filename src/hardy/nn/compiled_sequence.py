@@ -1,0 +1,285 @@
+"""A policy (linear layers and LSTMs) over whole sequences in the compiled library, for float32 on the CPU, with gradients.
+
+One function forward and one backward for all layers, instead of a graph of some twenty operations on each minibatch; see
+`hardy.nn.compiled` for where the library comes from and for the LSTM. `hardy.policy.ActorCritic.features` and its branches give
+the same results to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.nn.compiled import LSTMCall
+from hardy.nn.compiled_step import KINDS
+from hardy.nn.linear import StackedLinear
+from hardy.nn.packed_step import OBSERVATION, Layers
+from hardy.nn.recurrent import StackedRecurrent
+from hardy.parallel import pool
+
+VERSION = 1
+"""Of `_Linear`; a library built from sources of another version is not used."""
+SMALLEST_PART = 2_000_000
+"""Multiplications of a layer's forward pass below which a part is not worth a thread (measured)."""
+ACTIVATION = 32
+"""Multiplications that take the time of an activation."""
+SHAPES_KEPT = 8
+"""Shapes of buffers that are kept: a training's minibatches differ in few ways."""
+
+
+class _Linear(ctypes.Structure):
+    """What a call works on; mirrors `Linear` in `_recurrence.cpp`, which explains the fields."""
+
+    _sizes = "members rows inputs outputs kind adds threads level"
+    _tensors = "x weight bias output before grad_output grad_sums grad_x grad_weight grad_bias"
+    _fields_ = [*((name, ctypes.c_int64) for name in _sizes.split()), *((name, ctypes.c_void_p) for name in _tensors.split())]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    return load(Path(__file__).parent, "_recurrence", "hardy_linear", VERSION)
+
+
+def available() -> bool:
+    """Whether the compiled library is there, fits this version and is not switched off."""
+    return switched_on() and _library() is not None
+
+
+class Buffers:
+    """Memory for what lives from a forward pass to its backward pass: fresh memory costs as much as filling it twice."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def lend(self) -> Loan:
+        """A place to borrow from."""
+        return Loan(self._free)
+
+
+class Loan:
+    """Buffers that are free again once nothing holds this any more."""
+
+    def __init__(self, free: dict[tuple[int, ...], list[Tensor]]) -> None:
+        self._free = free
+        self._borrowed: list[Tensor] = []
+
+    def empty(self, *shape: int) -> Tensor:
+        """A float32 tensor of any numbers, as `torch.empty`."""
+        kept = self._free.get(shape)
+        tensor = kept.pop() if kept else torch.empty(shape, dtype=torch.float32)
+        self._borrowed.append(tensor)
+        return tensor
+
+    def __del__(self) -> None:
+        for tensor in self._borrowed:
+            shape = tuple(tensor.shape)
+            if shape not in self._free and len(self._free) >= SHAPES_KEPT:
+                self._free.clear()
+            self._free.setdefault(shape, []).append(tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinearLayer:
+    source: int
+    linear: StackedLinear
+    kind: int
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.linear.weight, self.linear.bias
+
+    def prepare(self, given: _Given, inputs: Tensor, weights: Sequence[Tensor]) -> _LinearCall:
+        return _LinearCall(self.kind, given.threads, given.level, inputs, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LSTMLayer:
+    source: int
+    memory: StackedRecurrent
+    layer: int
+    places: tuple[int, int]
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.memory.layer_weights(self.layer)
+
+    def prepare(self, given: _Given, inputs: Tensor, weights: Sequence[Tensor]) -> LSTMCall:
+        return LSTMCall(self.places, given.threads, given.level, (inputs, given.state, given.is_first, *weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What all layers of a call share."""
+
+    state: Tensor
+    is_first: Tensor
+    threads: int
+    level: int
+
+
+class _LinearCall:
+    """One layer's sizes and addresses, as the library wants them; of the same use as `LSTMCall`."""
+
+    def __init__(self, kind: int, threads: int, level: int, inputs: Tensor, weights: Sequence[Tensor]) -> None:
+        self.inputs, (self.weight, self.bias) = inputs, weights
+        members, steps, envs, width = inputs.shape
+        outputs = self.weight.shape[1]
+        work = members * steps * envs * outputs * (width + (ACTIVATION if kind else 0))
+        useful = max(1, min(threads, work // SMALLEST_PART))
+        self._problem = _Linear(
+            *(members, steps * envs, width, outputs, kind, 0, useful, level),
+            x=inputs.data_ptr(), weight=self.weight.data_ptr(), bias=self.bias.data_ptr(),
+        )  # fmt: skip
+        self._outputs = (members, steps, envs, outputs)
+
+    def _run(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            setattr(self._problem, name, tensor.data_ptr())
+        library = _library()
+        assert library is not None
+        if library.hardy_linear(ctypes.byref(self._problem)):
+            raise MemoryError(f"a layer over inputs of shape {tuple(self.inputs.shape)} finds no memory for its working space")
+
+    def forward(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        """The outputs, and what `backward` needs besides."""
+        wanted = ("output", "before") if self._problem.kind == KINDS["silu"] else ("output",)
+        made = {name: empty(*self._outputs) for name in wanted}
+        self._run(**made)
+        return tuple(made.values())
+
+    def backward(
+        self, made: Sequence[Tensor], grad_output: Tensor, empty: Callable[..., Tensor], grad_x: Tensor | None, adds: bool
+    ) -> list[Tensor]:
+        """Gradients of the weights; those of the inputs are written or added to ``grad_x`` where that is given."""
+        grads = {"grad_weight": torch.empty_like(self.weight), "grad_bias": torch.empty_like(self.bias)}
+        optional = {} if grad_x is None else {"grad_x": grad_x}
+        if self._problem.kind != KINDS["linear"]:
+            optional["grad_sums"] = empty(*self._outputs)
+        self._problem.adds = adds
+        self._run(**dict(zip(("output", "before"), made, strict=False)), grad_output=grad_output, **grads, **optional)
+        return list(grads.values())
+
+
+class CompiledSequence(Layers):
+    """Layers in the order of computation, added one by one, then called with the weights they have at that moment.
+
+    Attributes:
+        level: the newest instruction set to use, 0 for what every CPU has; newer ones are used only where they exist.
+    """
+
+    level: ClassVar[int] = NEWEST_INSTRUCTIONS
+
+    def __init__(self) -> None:
+        self.layers: list[_LinearLayer | _LSTMLayer] = []
+        self.results: tuple[int, ...] = ()
+        self.buffers = Buffers()
+
+    def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
+        return self._add(_LinearLayer(source, linear, KINDS[activation]))
+
+    def add_lstm(self, source: int, memory: StackedRecurrent, state_at: int) -> int:
+        for layer in range(memory.layers):
+            hidden_at, cell_at = (state_at + vector * memory.hidden_size for vector in (layer, memory.layers + layer))
+            source = self._add(_LSTMLayer(source, memory, layer, (hidden_at, cell_at)))
+        return source
+
+    def _add(self, layer: _LinearLayer | _LSTMLayer) -> int:
+        self.layers.append(layer)
+        return len(self.layers) - 1
+
+    def pack(self, actor: int, *critics: int) -> Self:
+        self.results = (actor, *critics)
+        return self
+
+    def supports(self, obs: Tensor, state: Tensor) -> bool:
+        """Whether the library can be used on these, with the weights as they are: float32 on the CPU."""
+        return available() and all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in (obs, state, *self._weights()))
+
+    def __call__(
+        self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
+    ) -> tuple[Float[Tensor, "P T E A"], Float[Tensor, "P T E K"]]:
+        """The actor's outputs and the critics' side by side, for sequences from ``state``, reset first where ``is_first``.
+
+        Gradients flow to the observations and the weights and stop at ``state``.
+
+        Raises:
+            ValueError: the shapes do not belong together.
+            MemoryError: no memory for the working space.
+        """
+        weights = list(self._weights())
+        self._check_shapes(obs, state, is_first, weights)
+        given = _Given(state.detach().contiguous(), is_first.bool().contiguous(), pool().threads, self.level)
+        outputs = _Sequence.apply(self, given, obs.contiguous(), *weights)  # type: ignore[no-untyped-call]  # not annotated
+        actor, *critics = outputs
+        return actor, critics[0] if len(critics) == 1 else torch.cat(critics, dim=-1)
+
+    def _weights(self) -> Iterator[Tensor]:
+        # Asked for at each call: a module's parameters can be replaced.
+        for layer in self.layers:
+            yield from layer.weights()
+
+    def _check_shapes(self, obs: Tensor, state: Tensor, is_first: Tensor, weights: Sequence[Tensor]) -> None:
+        # The library follows bare addresses: what would be an error in PyTorch would be somebody else's memory here.
+        widths = {layer.linear.weight.shape[2] for layer in self.layers if layer.source == OBSERVATION and isinstance(layer, _LinearLayer)}
+        members, steps, envs, width = obs.shape
+        size = 2 * sum(layer.memory.hidden_size for layer in self.layers if isinstance(layer, _LSTMLayer))
+        wanted = (members, envs, size), (members, steps, envs)
+        if (state.shape, is_first.shape) != wanted or widths - {width} or any(weight.shape[0] != members for weight in weights):
+            raise ValueError(
+                f"obs, state and is_first of shapes {tuple(obs.shape)}, {tuple(state.shape)} and {tuple(is_first.shape)}: "
+                f"{weights[0].shape[0]} members with observations of {widths or {width}} numbers and a state of {size} are needed"
+            )
+
+
+class _Sequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sequence: CompiledSequence, given: _Given, obs: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.sequence, ctx.given, ctx.loan = sequence, given, sequence.buffers.lend()
+        ctx.made = made = []
+        results = {}
+        for place, (layer, own) in enumerate(_with_weights(sequence, weights)):
+            inputs = obs if layer.source == OBSERVATION else made[layer.source][0]
+            call = layer.prepare(given, inputs, own)
+            if place in sequence.results:
+                # The caller's, so not lent; nor held here, where the result would hold its own graph. Nothing is above it.
+                (results[place],) = call.forward(torch.empty)
+                made.append(())
+            else:
+                made.append(call.forward(ctx.loan.empty))
+        ctx.save_for_backward(obs, *weights)
+        return tuple(results[place] for place in sequence.results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        obs, *weights = ctx.saved_tensors
+        sequence, made = ctx.sequence, ctx.made
+        loan = sequence.buffers.lend()
+        gradient = {place: grad.contiguous() for place, grad in zip(sequence.results, grad_outputs, strict=True)}
+        found: list[list[Tensor]] = []
+        for place, (layer, own) in reversed(list(enumerate(_with_weights(sequence, weights)))):
+            at_start = layer.source == OBSERVATION
+            inputs = obs if at_start else made[layer.source][0]
+            adds = layer.source in gradient
+            if not adds and (not at_start or ctx.needs_input_grad[2]):
+                gradient[layer.source] = torch.empty_like(obs) if at_start else loan.empty(*inputs.shape)
+            call = layer.prepare(ctx.given, inputs, own)
+            found.append(call.backward(made[place], gradient[place], loan.empty, gradient.get(layer.source), adds))
+        return None, None, gradient.get(OBSERVATION), *(grad for grads in reversed(found) for grad in grads)
+
+
+def _with_weights(
+    sequence: CompiledSequence, weights: Sequence[Tensor]
+) -> Iterator[tuple[_LinearLayer | _LSTMLayer, Sequence[Tensor]]]:
+    begin = 0
+    for layer in sequence.layers:
+        end = begin + len(layer.weights())
+        yield layer, weights[begin:end]
+        begin = end
