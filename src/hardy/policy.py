@@ -227,11 +227,17 @@ class ActorCritic(nn.Module):
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
     ) -> tuple[ActionDistribution, Float[Tensor, "P T E K"]]:
         """Whole sequences from a stored state: the action distributions and the critics' outputs (which `values` reads)."""
+        outputs, critic = self.outputs(obs, state, is_first)
+        return self.distribution(outputs), critic
+
+    def outputs(
+        self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
+    ) -> tuple[Float[Tensor, "P T E A"], Float[Tensor, "P T E K"]]:
+        """As `forward`, with the actor's outputs instead of the distribution that `distribution` makes of them."""
         if self._sequence is not None and self._sequence.supports(obs, state):
-            outputs, critic = self._sequence(obs, state, is_first)
-            return self.distribution(outputs), critic
+            return self._sequence(obs, state, is_first)
         actor_features, critic_features = self.features(obs, state, is_first)
-        return self.distribution(self.actor(actor_features)), self._critics(critic_features)
+        return self.actor(actor_features), self._critics(critic_features)
 
     def features(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]

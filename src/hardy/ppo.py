@@ -14,13 +14,15 @@ from torch import Tensor
 from hardy.adversary import AdversarySettings, harm, noise_shape, perturb
 from hardy.config import Settings, tunable
 from hardy.minibatch import CapturedMinibatch, Progress
+from hardy.nn import compiled_loss
 from hardy.nn.distributions import ActionDistribution
 from hardy.ops.categorical import follow_
-from hardy.ops.policy_loss import approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
+from hardy.ops.policy_loss import MAX_LOG_RATIO, approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
 from hardy.ops.returns import gae, sampled_returns
 from hardy.ops.risk import Objective
 from hardy.ops.schedules import ScheduleKind, ramp_factor, schedule_factor
 from hardy.optim import OptimizerState, PopulationOptimizer
+from hardy.parallel import pool
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators, member_norm, member_sum, per_member
 from hardy.profiling import phase, timed
@@ -146,7 +148,11 @@ def loss(
             form). The attacked sequences begin with the stored state and carry their own from there on.
     """
     with phase("forward"):
-        distribution, critic = policy(batch.obs, batch.initial_state, batch.is_first)
+        outputs, critic = policy.outputs(batch.obs, batch.initial_state, batch.is_first)
+    if attacked is None and (found := _compiled_loss(policy, outputs, critic, batch, hyper, steps)) is not None:
+        total, measured = found
+        return total, {f"train/{name}": value for name, value in measured._asdict().items()}
+    distribution = policy.distribution(outputs)
     log_prob = distribution.log_prob(batch.action)
     if attacked is not None:
         with phase("adversary"):
@@ -178,6 +184,22 @@ def loss(
         if robust_kl is not None:
             parts["adversary/robust_kl"] = robust_kl.detach()
     return total, parts
+
+
+def _compiled_loss(
+    policy: ActorCritic, outputs: Tensor, critic: Tensor, batch: Batch, hyper: Hyper, steps: Tensor
+) -> tuple[Tensor, compiled_loss.Parts] | None:
+    """The loss from the compiled library, where it knows this critic and these types."""
+    settings, log_std = policy.values.settings, policy.actor.log_std
+    given = compiled_loss.Given(
+        *(batch.action, batch.log_prob, batch.advantage, batch.targets, batch.valid),
+        *(hyper["ppo.clip_range"], hyper["ppo.vf_coef"], hyper["ppo.ent_coef"], steps),
+    )
+    known = settings.kind != "categorical" and settings.value_clip == 0
+    if not known or not compiled_loss.supports(outputs, critic, log_std, given):
+        return None
+    options = compiled_loss.Options(policy.values.heads, settings.kind == "scalar", settings.huber_threshold, MAX_LOG_RATIO)
+    return compiled_loss.ppo_loss(outputs, critic, log_std, given, options, pool().threads)
 
 
 def _first_share(ratio: Float[Tensor, "P"], envs: int) -> Bool[Tensor, "P 1 E"]:

@@ -5,11 +5,12 @@
 // depend on its neighbours, and the gradients of the weights are summed in the order of t * E + e, whatever rows ran together:
 // neither the number of threads nor that of parts changes a bit.
 //
-// Linear layers over whole sequences (see `_recurrence_linear.h`), so that a policy's gradients need nothing else. And one time
-// step of a whole policy, weights packed beforehand: the rollout's case.
+// Linear layers over whole sequences (see `_recurrence_linear.h`) and PPO's loss (`_recurrence_loss.h`), so that an update needs
+// nothing else. And one time step of a whole policy, weights packed beforehand: the rollout's case.
 //
 // Plain C interface, no Python or PyTorch headers. Called by hardy/nn/compiled.py, whose `_Problem` mirrors the one here, by
-// hardy/nn/compiled_sequence.py, whose `_Linear` does, and by hardy/nn/compiled_step.py, whose `_Layer` and `_Network` do.
+// hardy/nn/compiled_sequence.py, whose `_Linear` does, by hardy/nn/compiled_loss.py, whose `_Loss` does, and by
+// hardy/nn/compiled_step.py, whose `_Layer` and `_Network` do.
 
 #include <algorithm>
 #include <cmath>
@@ -83,6 +84,25 @@ struct Linear {
     float *grad_weight, *grad_bias;
 };
 
+// PPO's loss from the outputs of actor and critics over M steps of every member.
+struct Loss {
+    int64_t members, rows, actions;  // actions: to choose from, or components of one
+    int64_t critics, quantiles, targets;
+    int64_t squared;  // 1: half the squared error instead of the quantile loss
+    int64_t threads, level;
+    float kappa;           // of the quantile Huber loss
+    float most_log_ratio;  // beyond which a ratio does not grow
+    const float *actor, *critic;       // [P, M, A], [P, M, C N]
+    const float *log_std, *precision;  // [P, A] of a Gaussian and one over the deviation; null: actions are choices
+    const int64_t* choices;            // [P, M]
+    const float* action;               // [P, M, A]
+    const float *old_log_prob, *advantage, *target;  // [P, M], [P, M], [P, M, G]
+    const unsigned char* valid;                      // [P, M]
+    const float *clip_range, *value_weight, *entropy_weight, *steps;  // [P]; steps: what sums are divided by
+    float *grad_actor, *grad_critic, *grad_log_std;  // as what they are gradients of
+    double* parts;  // [P, 5]: losses of policy and critics, entropy, KL, share of clipped ratios
+};
+
 // One layer of a policy: a linear one with its activation, or an LSTM cell.
 struct Layer {
     int64_t kind, inputs, outputs;
@@ -130,6 +150,7 @@ struct LayerRows {
 namespace avx512 {
 #include "_recurrence_kernel.h"
 #include "_recurrence_step.h"
+#include "_recurrence_loss.h"
 }
 #undef LANES
 #undef ROWS
@@ -141,6 +162,7 @@ namespace avx512 {
 namespace avx2 {
 #include "_recurrence_kernel.h"
 #include "_recurrence_step.h"
+#include "_recurrence_loss.h"
 }
 #undef LANES
 #undef ROWS
@@ -156,6 +178,7 @@ namespace avx2 {
 namespace plain {
 #include "_recurrence_kernel.h"
 #include "_recurrence_step.h"
+#include "_recurrence_loss.h"
 }
 
 // A number no smaller than any width of a panel, for the size of the workspace.
@@ -173,12 +196,13 @@ struct Kernel {
         const float* const* weight, int64_t inputs, int64_t outputs, const float* const* from, int64_t count, bool add, float*,
         float* const* to);
     void (*column_sums)(const float*, int64_t count, int64_t width, int64_t first, int64_t last, bool add, float* to);
+    void (*loss_of)(const Loss&, int64_t member, float*, double*);
     int64_t wide;  // columns of a panel
 };
 
 #define KERNEL(set) \
     {set::forward, set::backward, set::weight_gradient, set::pack, set::run_layer, set::activate, set::deactivate, \
-     set::linear_inputs_back, set::column_sums, set::WIDE}
+     set::linear_inputs_back, set::column_sums, set::loss_of, set::WIDE}
 
 Kernel choose(int64_t level) {
 #ifdef HARDY_DISPATCH
@@ -399,6 +423,17 @@ int run(const Network& net) {
     return done ? 0 : 1;
 }
 
+int run(const Loss& loss) {
+    const Kernel kernel = choose(loss.level);
+    const bool done = share_out(static_cast<size_t>(loss.members), loss.threads, [&](size_t member) {
+        static thread_local Workspace space;
+        std::vector<double> of_log_std(static_cast<size_t>(loss.actions));
+        float* const vectors = space.aligned(16 * std::max(loss.actions, loss.targets));
+        kernel.loss_of(loss, static_cast<int64_t>(member), vectors, of_log_std.data());
+    });
+    return done ? 0 : 1;
+}
+
 }  // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
@@ -421,6 +456,17 @@ EXPORTED int64_t hardy_linear_version() { return 1; }
 EXPORTED int hardy_linear(const Linear* linear) {
     try {
         return run(*linear);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+// As above, for `Loss`.
+EXPORTED int64_t hardy_loss_version() { return 1; }
+
+EXPORTED int hardy_loss(const Loss* loss) {
+    try {
+        return run(*loss);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from hardy.population import member_mean, per_member
 
-_MAX_LOG_RATIO = 50.0
+MAX_LOG_RATIO = 50.0
 """Far beyond any meaningful ratio; keeps exp finite in float32, for 0 · inf in the clipped branch's gradient is NaN."""
 
 
 def _ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
-    return (log_prob - old_log_prob).clamp(max=_MAX_LOG_RATIO).exp()
+    return (log_prob - old_log_prob).clamp(max=MAX_LOG_RATIO).exp()
 
 
 def clipped_surrogate(
@@ -38,7 +38,7 @@ def approx_kl(log_prob: Float[Tensor, "P *batch"], old_log_prob: Float[Tensor, "
 
     Unbiased, with a smaller variance than ``−log r``: the k3 estimator (Schulman 2020, "Approximating KL Divergence").
     """
-    log_ratio = (log_prob - old_log_prob).clamp(max=_MAX_LOG_RATIO)
+    log_ratio = (log_prob - old_log_prob).clamp(max=MAX_LOG_RATIO)
     return log_ratio.expm1() - log_ratio
 
 
