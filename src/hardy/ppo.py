@@ -410,6 +410,9 @@ class PPO:
 def _split(batch: Batch, parts: int) -> Iterator[Batch]:
     """``batch`` cut along its environments into parts whose sizes differ by one at most: no step is lost."""
     envs = batch.valid.shape[2]
+    if parts == 1:
+        yield batch
+        return
     for part in range(parts):
         yield batch.environments(slice(envs * part // parts, envs * (part + 1) // parts))
 

@@ -152,13 +152,15 @@ class ReturnNormalizer:
             gamma: discount of each member.
         """
         used = valid & reward.isfinite()
-        discount = gamma.double()[:, None]
-        running = self.running_return.clone()
-        history = torch.empty(reward.shape, dtype=torch.float64, device=reward.device)
-        for t in range(reward.shape[1]):
-            running = torch.where(used[:, t], running * discount + reward[:, t], running)
-            history[:, t] = running
-            running = torch.where(is_end[:, t], 0.0, running)
+        added = torch.where(used, reward, 0.0).double()
+        # What is left out changes nothing, and behind an end the sum starts again: all numbers here are finite, so a factor does.
+        factor = torch.where(used, gamma.double()[:, None, None], 1.0)
+        factor[:, 1:] *= ~is_end[:, :-1]
+        history = torch.empty_like(added)
+        running = self.running_return
+        for added_t, factor_t, history_t in zip(added.unbind(1), factor.unbind(1), history.unbind(1), strict=True):
+            running = torch.addcmul(added_t, factor_t, running, out=history_t)
+        running = torch.where(is_end[:, -1], 0.0, running)
         self.moments.update_(history.flatten(1), used.flatten(1))
         self.running_return.copy_(running)
 

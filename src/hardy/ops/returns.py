@@ -90,8 +90,8 @@ def _sum_back(
 ) -> Float[Tensor, "P T ..."]:
     """``x_t = own_t + decay · x_{t+1}`` where it continues into t+1, else ``own_t``; 0 comes after the last step."""
     sums = torch.empty_like(own)
-    zero = following = torch.zeros_like(own[:, 0])
-    for t, goes_on in reversed(list(enumerate(continues.unbind(1)))):
-        following = own[:, t] + torch.where(goes_on, decay * following, zero)
-        sums[:, t] = following
+    following = torch.zeros_like(own[:, 0])
+    # What does not continue is left out by `where`: 0 times NaN would not be.
+    for own_t, goes_on, sum_t in reversed(list(zip(own.unbind(1), continues.unbind(1), sums.unbind(1), strict=True))):
+        following = torch.where(goes_on, torch.addcmul(own_t, decay, following), own_t, out=sum_t)
     return sums
