@@ -17,7 +17,14 @@ from hardy.minibatch import CapturedMinibatch, Progress
 from hardy.nn import compiled_loss
 from hardy.nn.distributions import ActionDistribution
 from hardy.ops.categorical import follow_
-from hardy.ops.policy_loss import MAX_LOG_RATIO, approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
+from hardy.ops.policy_loss import (
+    MAX_LOG_RATIO,
+    approx_kl,
+    clip_fraction,
+    clipped_surrogate,
+    explained_variance,
+    normalize_advantage,
+)
 from hardy.ops.returns import gae, sampled_returns
 from hardy.ops.risk import Objective
 from hardy.ops.schedules import ScheduleKind, ramp_factor, schedule_factor

@@ -164,7 +164,7 @@ class LSTMCall:
         Args:
             made: what `forward` returned.
         """
-        written = empty(*self.inputs.shape) if adds else grad_x
+        written = grad_x if grad_x is None or not adds else empty(*self.inputs.shape)
         grads = [torch.empty_like(weight) for weight in self.weights[:3]]
         optional = {} if written is None else {"grad_x": written}
         output, gates, cell = made
@@ -172,7 +172,7 @@ class LSTMCall:
             output=output, gates=gates, cell=cell, grad_output=grad_output, grad_gates=empty(*gates.shape),
             grad_weight_ih=grads[0], grad_weight_hh=grads[1], grad_bias=grads[2], **optional,
         )  # fmt: skip
-        if adds and grad_x is not None:
+        if grad_x is not None and written is not None and adds:
             grad_x += written
         # Both biases have the same gradient, but not the same memory: who scales gradients in place must not do it twice.
         return [*grads, grads[2].clone()]
@@ -181,8 +181,8 @@ class LSTMCall:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, places: tuple[int, int], threads: int, level: int, *tensors: Tensor) -> Tensor:
-        ctx.options = places, threads, level
-        output, gates, cell = LSTMCall(*ctx.options, tensors).forward(torch.empty)
+        ctx.places, ctx.threads, ctx.level = places, threads, level
+        output, gates, cell = LSTMCall(places, threads, level, tensors).forward(torch.empty)
         ctx.save_for_backward(*tensors, output, gates, cell)
         return output
 
@@ -191,6 +191,6 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, output, gates, cell = ctx.saved_tensors
         grad_x = torch.empty_like(tensors[0]) if ctx.needs_input_grad[3] else None
-        call = LSTMCall(*ctx.options, tensors)
+        call = LSTMCall(ctx.places, ctx.threads, ctx.level, tensors)
         grads = call.backward((output, gates, cell), grad_outputs[0].contiguous(), torch.empty, grad_x)
         return (None, None, None, grad_x, None, None, *grads)

@@ -227,14 +227,15 @@ class CompiledSequence(Layers):
 
     def _check_shapes(self, obs: Tensor, state: Tensor, is_first: Tensor, weights: Sequence[Tensor]) -> None:
         # The library follows bare addresses: what would be an error in PyTorch would be somebody else's memory here.
-        widths = {layer.linear.weight.shape[2] for layer in self.layers if layer.source == OBSERVATION and isinstance(layer, _LinearLayer)}
         members, steps, envs, width = obs.shape
+        widths = {layer.weights()[0].shape[2] for layer in self.layers if layer.source == OBSERVATION}
         size = 2 * sum(layer.memory.hidden_size for layer in self.layers if isinstance(layer, _LSTMLayer))
         wanted = (members, envs, size), (members, steps, envs)
-        if (state.shape, is_first.shape) != wanted or widths - {width} or any(weight.shape[0] != members for weight in weights):
+        if (state.shape, is_first.shape) != wanted or widths != {width} or any(len(weight) != members for weight in weights):
             raise ValueError(
                 f"obs, state and is_first of shapes {tuple(obs.shape)}, {tuple(state.shape)} and {tuple(is_first.shape)}: "
-                f"{weights[0].shape[0]} members with observations of {widths or {width}} numbers and a state of {size} are needed"
+                f"{len(weights[0])} members with observations of {', '.join(map(str, widths))} numbers and a state of {size} "
+                "are needed"
             )
 
 
@@ -242,7 +243,7 @@ class _Sequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sequence: CompiledSequence, given: _Given, obs: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.sequence, ctx.given, ctx.loan = sequence, given, sequence.buffers.lend()
-        ctx.made = made = []
+        made: list[tuple[Tensor, ...]] = []
         results = {}
         for place, (layer, own) in enumerate(_with_weights(sequence, weights)):
             inputs = obs if layer.source == OBSERVATION else made[layer.source][0]
@@ -253,6 +254,7 @@ class _Sequence(torch.autograd.Function):
                 made.append(())
             else:
                 made.append(call.forward(ctx.loan.empty))
+        ctx.made = made
         ctx.save_for_backward(obs, *weights)
         return tuple(results[place] for place in sequence.results)
 

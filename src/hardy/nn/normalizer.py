@@ -153,7 +153,7 @@ class ReturnNormalizer:
         """
         used = valid & reward.isfinite()
         added = torch.where(used, reward, 0.0).double()
-        # What is left out changes nothing, and behind an end the sum starts again: all numbers here are finite, so a factor does.
+        # What is left out changes nothing, and behind an end the sum starts again. All is finite, so that factors can say so.
         factor = torch.where(used, gamma.double()[:, None, None], 1.0)
         factor[:, 1:] *= ~is_end[:, :-1]
         history = torch.empty_like(added)
