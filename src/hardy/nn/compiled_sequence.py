@@ -23,7 +23,7 @@ from hardy.nn.compiled import LSTMCall
 from hardy.nn.compiled_step import KINDS
 from hardy.nn.linear import StackedLinear
 from hardy.nn.packed_step import OBSERVATION, Layers
-from hardy.nn.recurrent import StackedRecurrent
+from hardy.nn.recurrent import WEIGHTS, StackedRecurrent
 from hardy.parallel import pool
 
 VERSION = 1
@@ -89,6 +89,7 @@ class Loan:
 
 @dataclasses.dataclass(frozen=True)
 class _LinearLayer:
+    count: ClassVar[int] = 2
     source: int
     linear: StackedLinear
     kind: int
@@ -102,6 +103,7 @@ class _LinearLayer:
 
 @dataclasses.dataclass(frozen=True)
 class _LSTMLayer:
+    count: ClassVar[int] = len(WEIGHTS)
     source: int
     memory: StackedRecurrent
     layer: int
@@ -282,6 +284,6 @@ def _with_weights(
 ) -> Iterator[tuple[_LinearLayer | _LSTMLayer, Sequence[Tensor]]]:
     begin = 0
     for layer in sequence.layers:
-        end = begin + len(layer.weights())
+        end = begin + layer.count
         yield layer, weights[begin:end]
         begin = end

@@ -28,6 +28,7 @@ from hardy.parallel import WorkerPool, pool
 CellKind = Literal["lstm", "gru"]
 STEPPED = ("cuda",)
 """Types of devices on which a sequence runs step by step."""
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 WORTH_THREADS = 200_000_000
 """Multiplications of a forward pass, of all members and layers, below which Python threads cost more than they give."""
 
@@ -80,12 +81,9 @@ class StackedRecurrent(nn.Module):
 
     def layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``weight_ih [P, G*H, I]``, ``weight_hh [P, G*H, H]``, ``bias_ih [P, G*H]``, ``bias_hh [P, G*H]`` of one layer."""
-        return (
-            self.get_parameter(f"weight_ih_l{layer}"),
-            self.get_parameter(f"weight_hh_l{layer}"),
-            self.get_parameter(f"bias_ih_l{layer}"),
-            self.get_parameter(f"bias_hh_l{layer}"),
-        )
+        # Not by get_parameter, which takes longer than the rest of what a minibatch asks for.
+        weight_ih, weight_hh, bias_ih, bias_hh = (getattr(self, f"{name}_l{layer}") for name in WEIGHTS)
+        return weight_ih, weight_hh, bias_ih, bias_hh
 
     def step(
         self, inputs: Float[Tensor, "P E I"], state: Float[Tensor, "P E S"]
