@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,44 @@ class OptimizerState:
     vgs: variance.VGSState | None = nested()
 
 
+@dataclasses.dataclass
+class _Prepared:
+    """A step and, where the compiled library takes it, its call: for the next one too, while nothing but the gradients changes.
+
+    Everything it was made for is held here, so that what comes to stand at the same address is the same.
+    """
+
+    step: Step
+    call: compiled.Call | None
+    state: OptimizerState
+    numbers: list[Tensor]
+    noise: MemberGenerators | Tensor
+    active: Tensor
+    threads: int
+
+    def __post_init__(self) -> None:
+        self.versions = [number._version for number in self.numbers]
+        self.active = self.active.clone()
+
+    def fits(
+        self, weights: list[Tensor], gradients: list[Tensor], state: OptimizerState, numbers: list[Tensor],
+        noise: MemberGenerators | Tensor, active: Tensor,
+    ) -> bool:  # fmt: skip
+        """Whether a step with these is this one but for its gradients."""
+        return (
+            self.call is not None
+            and state is self.state
+            and noise is self.noise
+            and self.threads == pool().threads
+            and len(weights) == len(self.step.weights)
+            and all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in zip(weights, self.step.weights, strict=True))
+            and all(mine is theirs for mine, theirs in zip(numbers, self.numbers, strict=True))
+            and [number._version for number in numbers] == self.versions
+            and torch.equal(active, self.active)
+            and compiled.fit(self.step.weights, gradients, ())
+        )
+
+
 class PopulationOptimizer:
     """The update rule of a population's parameters.
 
@@ -72,6 +111,7 @@ class PopulationOptimizer:
             self._chain = chain(variance.measure(self._scopes, vgs.warmup_steps, vgs.estimator), *after)
             if settings.sigma > 0 and not settings.adaptive_noise:
                 warnings.warn(FIXED_NOISE_WARNING, UserWarning, stacklevel=2)
+        self._prepared: _Prepared | None = None
 
     def init(self, parameters: Mapping[str, Tensor]) -> OptimizerState:
         """A fresh state for parameters ``[P, ...]``.
@@ -133,39 +173,59 @@ class PopulationOptimizer:
         missing = [name for name in self._numbers if name not in hyper]
         if missing:
             raise KeyError(f"hyper lacks {missing}")
-        numbers = self._hyper_columns(hyper)
-        draw = active & (hyper["optimizer.sigma"] > 0)
-        keys = (lambda: noise) if isinstance(noise, Tensor) else (lambda: noise.keys(draw))
-        step = Step(
-            names,
+        given = (
             [parameters[name].detach() for name in names],
             [gradients[name] for name in names],
-            numbers,
-            self.options if len(names) == len(self.names) else [self.options[self.names.index(name)] for name in names],
-            KeyedNormal(keys),
-            self._columns(names, state),
+            state,
+            [hyper[name] for name in self._numbers],
+            noise,
+            active,
         )
-        measuring = None
-        if state.vgs is not None:
-            measuring = compiled.Measuring(self._scopes, self.vgs.warmup_steps, self.vgs.estimator, state.vgs)
-        if compiled.supports(step, state.upgd, measuring):
-            call = compiled.Call(
-                step, state.upgd, self.settings.name, measuring=measuring, active=active, threads=pool().threads
-            )
-            call(step.gradients)
-            call.record(step)
+        prepared = self._prepared
+        if prepared is None or not prepared.fits(*given):
+            prepared = self._prepare(names, *given)
+        step = prepared.step
+        if prepared.call is not None:
+            prepared.call(given[1])
+            prepared.call.record(step)
         else:
             states: tuple[Any, ...] = (None, state.upgd, None, None, None)
             with _preserved(~active, step.weights, state):
                 self._chain.update(step, states if state.vgs is None else (state.vgs, *states))
+        # Of microbatches each step must have seen enough, which making it ready checks.
+        repeats = prepared.call is not None and (state.vgs is None or self.vgs.estimator != "microbatch")
+        self._prepared = prepared if repeats else None
         if state.vgs is not None:
             state.vgs.microbatches.zero_()
             state.vgs.microbatch_squares.zero_()
         metrics = torch.stack(list(step.metrics.values())).to(hyper["optimizer.lr"].dtype)
         return dict(zip(step.metrics, metrics.unbind(), strict=True))
 
-    def _hyper_columns(self, hyper: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        stacked = torch.stack([hyper[name] for name in self._numbers]).double()[:, :, None]
+    def _prepare(
+        self, names: list[str], weights: list[Tensor], gradients: list[Tensor], state: OptimizerState, numbers: list[Tensor],
+        noise: MemberGenerators | Int[Tensor, "P"], active: Bool[Tensor, "P"],
+    ) -> _Prepared:  # fmt: skip
+        draw = active & (numbers[self._numbers.index("optimizer.sigma")] > 0)
+        keys = (lambda: noise) if isinstance(noise, Tensor) else (lambda: noise.keys(draw))
+        step = Step(
+            names,
+            weights,
+            gradients,
+            self._hyper_columns(numbers),
+            self.options if len(names) == len(self.names) else [self.options[self.names.index(name)] for name in names],
+            KeyedNormal(keys),
+            self._columns(names, state),
+        )
+        measuring, call, threads = None, None, pool().threads
+        if state.vgs is not None:
+            measuring = compiled.Measuring(self._scopes, self.vgs.warmup_steps, self.vgs.estimator, state.vgs)
+        if compiled.supports(step, state.upgd, measuring):
+            call = compiled.Call(step, state.upgd, self.settings.name, measuring=measuring, active=active, threads=threads)
+            step.gradients = step.direction = []  # what is kept for the next step keeps none of this one's
+        return _Prepared(step, call, state, numbers, noise, active, threads)
+
+    def _hyper_columns(self, values: list[Tensor]) -> dict[str, Tensor]:
+        stacked = torch.stack(values).double()[:, :, None]
         numbers = dict(zip((name.removeprefix("optimizer.") for name in self._numbers), stacked, strict=True))
         decay = numbers.pop("weight_decay")
         numbers["coupled_decay" if self.settings.name == "UPGD" else "decoupled_decay"] = decay
