@@ -60,6 +60,7 @@ class Run:
 def assert_equal(one, other):
     for name, weight in one.weights.items():
         assert torch.equal(weight, other.weights[name]), name
+    assert torch.equal(one.noise.get_state(), other.noise.get_state())
     for mine, theirs in zip(leaves(one.state), leaves(other.state), strict=True):
         assert torch.equal(mine.tensor, theirs.tensor), mine.path
 
@@ -81,6 +82,7 @@ CHANGES = {
     "another state": lambda run: replace(run, "state", run.optimizer.init(run.weights)),
     "another source of noise": lambda run: replace(run, "noise", MemberGenerators([8, 9, 10], "noise")),
     "a gradient missing": lambda run: run.names.remove("core.bias"),
+    "the last gradient missing": lambda run: run.names.remove("critic.weight"),
     "threads": lambda run: set_threads(2),
 }
 

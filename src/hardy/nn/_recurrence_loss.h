@@ -57,8 +57,7 @@ inline void choices(const Loss& loss, int64_t member, const Steps& steps, Vector
     Vector largest = column(logits, steps.first, steps.count, A, 0), total = {}, power;
     for (int64_t j = 0; j < A; ++j) {
         log_probs[j] = column(logits, steps.first, steps.count, A, j);
-        // NaN is larger than everything, so that it goes into all.
-        largest = log_probs[j] > largest || log_probs[j] != log_probs[j] ? log_probs[j] : largest;
+        largest = log_probs[j] > largest ? log_probs[j] : largest;
     }
     for (int64_t j = 0; j < A; ++j) {
         log_probs[j] -= largest;
