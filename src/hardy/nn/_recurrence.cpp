@@ -438,48 +438,19 @@ int run(const Loss& loss) {
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// Changes with `Problem`, so that a library built from other sources is not used.
-EXPORTED int64_t hardy_lstm_version() { return 2; }
-
-// Values, or, where `grad_output` is given, gradients. Returns 0, or 1 if memory ran out.
-EXPORTED int hardy_lstm(const Problem* problem) {
-    try {
-        return run(*problem);
-    } catch (const std::bad_alloc&) {
-        return 1;
+// `name` does what a structure says, and returns 0, or 1 if memory ran out; `name_version` changes with the structure, so that a
+// library built from other sources is not used.
+#define ENTRY(name, structure, version) \
+    EXPORTED int64_t name##_version() { return version; } \
+    EXPORTED int name(const structure* given) { \
+        try { \
+            return run(*given); \
+        } catch (const std::bad_alloc&) { \
+            return 1; \
+        } \
     }
-}
 
-// As above, for `Linear`.
-EXPORTED int64_t hardy_linear_version() { return 1; }
-
-EXPORTED int hardy_linear(const Linear* linear) {
-    try {
-        return run(*linear);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
-
-// As above, for `Loss`.
-EXPORTED int64_t hardy_loss_version() { return 1; }
-
-EXPORTED int hardy_loss(const Loss* loss) {
-    try {
-        return run(*loss);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
-
-// As above, for `Layer` and `Network`.
-EXPORTED int64_t hardy_policy_step_version() { return 2; }
-
-// Packs the weights or takes a step. Returns 0, or 1 if memory ran out.
-EXPORTED int hardy_policy_step(const Network* network) {
-    try {
-        return run(*network);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
+ENTRY(hardy_lstm, Problem, 2)          // values, or, where `grad_output` is given, gradients
+ENTRY(hardy_linear, Linear, 1)         // the same
+ENTRY(hardy_loss, Loss, 1)             // the loss and its gradients
+ENTRY(hardy_policy_step, Network, 2)   // packs the weights or takes a step
