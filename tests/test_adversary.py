@@ -276,8 +276,8 @@ def test_clean_and_attacked_sequences_carry_their_own_state_from_the_stored_one(
     hyper = {**run.state.hyper, "adversary.epsilon": torch.ones(2, dtype=torch.float64)}
     attacked = batch.obs.clone()
     attacked[:, 0] += 3.0  # the first step alone
-    seen, forward = [], run.policy.forward
-    monkeypatch.setattr(run.policy, "forward", lambda *args: (seen.append(args), forward(*args))[1])
+    seen, outputs = [], run.policy.outputs
+    monkeypatch.setattr(run.policy, "outputs", lambda *args: (seen.append(args), outputs(*args))[1])
     initial = batch.initial_state.clone()
     _, parts = ppo.loss(run.policy, batch, hyper, steps, attacked)
     _, plain = ppo.loss(run.policy, batch, hyper, steps)
@@ -287,7 +287,7 @@ def test_clean_and_attacked_sequences_carry_their_own_state_from_the_stored_one(
         assert torch.equal(is_first, batch.is_first)
     for name, value in plain.items():
         assert torch.equal(parts[name], value), name  # surrogate, value, entropy and KL are clean
-    pair = [forward(obs, initial, batch.is_first)[0] for obs in (batch.obs, attacked)]
+    pair = [run.policy(obs, initial, batch.is_first)[0] for obs in (batch.obs, attacked)]
     divergence = pair[0].kl(pair[1])
     assert (divergence[:, 1][~batch.is_first[:, 1]] > 0).all()  # the memory of the attacked step lives on in its own sequence
     torch.testing.assert_close(parts["adversary/robust_kl"], member_sum(divergence, batch.valid) / steps)

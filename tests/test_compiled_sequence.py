@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from small_runs import shake_
 from torch import nn
 
 from hardy.nn import compiled_sequence
-from hardy.nn.compiled_sequence import SHAPES_KEPT, CompiledSequence
+from hardy.nn.compiled_sequence import ACTIVATION, SHAPES_KEPT, Buffers, CompiledSequence
 from hardy.ops.critic import CriticSettings
 from hardy.parallel import set_threads
 from hardy.policy import ActorCritic, PolicySettings
@@ -26,10 +27,21 @@ POLICIES = {
     "no encoder": {"encoder": ()},
     "apart, no encoder": {"shared_memory": False, "encoder": ()},
     "no memory": {"memory": "none", "encoder": (37,)},
+    "outputs only": {"memory": "none", "encoder": ()},
+    "apart, no memory": {"shared_memory": False, "memory": "none", "encoder": (70, 3), "head": (4,)},
     "two layers": {"memory_layers": 2},
     "heads": {"head": (6, 17)},
     "wide": {"encoder": (131,), "memory_size": 67, "head": (70,)},
+    "everything": {"shared_memory": False, "memory_layers": 2, "encoder": (3, 17), "memory_size": 19, "head": (2, 23)},
 }
+
+
+ACTIVATIONS = ("tanh", "relu", "elu", "silu")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    monkeypatch.setattr(CompiledSequence, "level", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -86,11 +98,10 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("twin", [False, True], ids=["one", "twins"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_values_and_gradients_are_those_of_the_layers(name, twin, level, monkeypatch, calls):
-    monkeypatch.setattr(CompiledSequence, "level", level)
+def test_values_and_gradients_are_those_of_the_layers(name, twin, calls):
     set_threads(3)
     policy = policy_of(twin=twin, **POLICIES[name])
     given = draw(policy)
@@ -100,18 +111,20 @@ def test_values_and_gradients_are_those_of_the_layers(name, twin, level, monkeyp
     assert len(calls) == 1, "double precision is not the library's"
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "silu"])
-def test_every_activation_has_its_derivative(activation, level, monkeypatch):
-    monkeypatch.setattr(CompiledSequence, "level", level)
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_has_its_derivative(activation):
     policy = policy_of(activation=activation, encoder=(13, 70), head=(5,), space=Box(-1, 1, (2,)))
     given = draw(policy)
     assert_near(results(policy, *given), by_layers(policy, *given))
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("members", "steps", "envs"), [(1, 1, 1), (1, 40, 1), (7, 1, 3), (1, 5, 64), (2, 130, 2)])
-def test_any_number_of_members_steps_and_environments(members, steps, envs):
-    policy = policy_of(members)
+def test_any_number_of_members_steps_and_environments(members, steps, envs, threads):
+    set_threads(threads)
+    policy = policy_of(members, head=(70,))
     given = draw(policy, members, steps, envs)
     assert_near(results(policy, *given), by_layers(policy, *given))
 
@@ -124,21 +137,108 @@ def test_it_is_the_path_without_the_library_to_rounding(monkeypatch):
     assert_near(found, [value.double() for value in results(policy, *given)])
 
 
-def test_threads_and_other_members_change_no_bit():
-    policy = policy_of(encoder=(20, 30), head=(9,))
+@pytest.mark.parametrize("space", [Discrete(4), Box(-1, 1, (3,))], ids=["discrete", "continuous"])
+def test_a_loss_of_distributions_has_the_gradients_of_the_layers(space, calls):
+    policy = policy_of(space=space)
     obs, state, is_first = draw(policy)
-    alone = results(policy, obs, state, is_first)
+    actions = policy.distribution(policy.outputs(obs, state, is_first)[0]).sample(torch.rand(P, T, E, *space.shape))
+    calls.clear()
+
+    def found(policy, dtype):
+        distribution, critic = policy(obs.to(dtype), state.to(dtype), is_first)
+        taken = actions if actions.dtype is torch.int64 else actions.to(dtype)
+        loss = distribution.log_prob(taken).mean() + 0.1 * distribution.entropy().mean() + critic.square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, list(policy.parameters()))]
+
+    mine = found(policy, torch.float32)
+    assert len(calls) == 1
+    assert_near(mine, found(copy.deepcopy(policy).double(), torch.float64))
+
+
+@pytest.mark.parametrize("chance", [0.0, 1.0])
+def test_no_reset_and_nothing_but_resets(chance):
+    policy = policy_of(memory_layers=2, shared_memory=False)
+    obs, state, _ = draw(policy)
+    given = obs, state, torch.full((P, T, E), bool(chance))
+    assert_near(results(policy, *given), by_layers(policy, *given))
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["actor", "critic"])
+def test_a_loss_of_one_of_the_results(index):
+    policy = policy_of(twin=True, shared_memory=False, head=(4,))
+    obs, state, is_first = draw(policy)
+    double = copy.deepcopy(policy).double()
+    found, wanted = (
+        torch.autograd.grad(one.outputs(obs.to(dtype), state.to(dtype), is_first)[index].square().sum(), list(one.parameters()),
+                            allow_unused=True, materialize_grads=True)
+        for one, dtype in ((policy, torch.float32), (double, torch.float64))
+    )  # fmt: skip
+    assert_near(found, wanted)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_threads_and_other_members_change_no_bit(activation):
+    policy = policy_of(encoder=(20, 70), head=(9,), twin=True, activation=activation)
+    obs, state, is_first = draw(policy)
+    together = results(policy, obs, state, is_first)
+    for threads in (2, 3, 17):
+        set_threads(threads)
+        for mine, theirs in zip(results(policy, obs, state, is_first), together, strict=True):
+            assert torch.equal(mine, theirs)
+    single = policy_of(1, encoder=(20, 70), head=(9,), twin=True, activation=activation)
+    for member in range(P):
+        own = slice(member, member + 1)
+        single.load_state_dict({name: value[own] for name, value in policy.state_dict().items()})
+        outputs = single.outputs(leaf := obs[own].clone().requires_grad_(), state[own], is_first[own])
+        # The loss's factors are those of this member's place.
+        factors = [torch.linspace(0.5, 1.5, P * o.numel()).view(P, *o.shape[1:])[own] for o in outputs]
+        total = sum((factor * o.sin()).sum() for factor, o in zip(factors, outputs, strict=True))
+        gradient = torch.autograd.grad(total, [leaf, *single.parameters()])
+        for mine, theirs in zip((*outputs, *gradient), together, strict=True):
+            assert torch.equal(mine, theirs[own])
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("settings", [*({"activation": name} for name in ACTIVATIONS), {"shared_memory": False}], ids=str)
+def test_nan_stays_with_its_member_and_ends_with_a_reset(settings):
     set_threads(3)
-    for mine, theirs in zip(results(policy, obs, state, is_first), alone, strict=True):
-        assert torch.equal(mine, theirs)
-    obs[1, 2, 3], is_first[1, :4, 3] = torch.nan, False
-    is_first[1, 4, 3] = True
+    policy = policy_of(encoder=(20, 30), head=(9,), **settings)
+    obs, state, is_first = draw(policy)
+    is_first[1, :4, 3], is_first[1, 4, 3] = False, True
+    clean = results(policy, obs, state, is_first)
+    obs[1, 2, 3, 0] = torch.nan
     hurt = results(policy, obs, state, is_first)
-    for mine, theirs in zip(hurt, alone, strict=True):
+    for mine, theirs in zip(hurt, clean, strict=True):
         assert torch.equal(mine[[0, 2]], theirs[[0, 2]])
-    assert hurt[0][1, 2:4, 3].isnan().all()
-    assert hurt[0][1, 4:, 3].isfinite().all(), "a reset ends what was not a number"
+    for mine, theirs in zip(hurt[:2], clean[:2], strict=True):
+        assert mine[1, 2:4, 3].isnan().all()
+        mine[1, 2:4, 3] = theirs[1, 2:4, 3]
+        assert torch.equal(mine, theirs), "neither earlier steps, nor other environments, nor what follows the reset"
     assert not any(gradient[1].isfinite().all() for gradient in hurt[3:])
+    state[2, 5] = torch.nan
+    is_first[2, 0, 5] = True
+    assert results(policy, obs, state, is_first)[0][2].isfinite().all(), "a state that is reset is not looked at"
+
+
+@pytest.mark.usefixtures("level")
+def test_tensors_in_any_memory_order():
+    policy = policy_of(twin=True)
+    obs, state, is_first = draw(policy)
+    found = results(policy, obs, state, is_first)
+    strided = [tensor.mT.contiguous().mT for tensor in (obs, state, is_first)]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    for mine, theirs in zip(results(policy, *strided), found, strict=True):
+        assert torch.equal(mine, theirs)
+    # So may be the gradients that arrive.
+    factor = torch.randn(P, T, 2, E)
+    plain, turned = (
+        torch.autograd.grad(policy.outputs(obs, state, is_first)[0], list(policy.parameters()), gradient,
+                            allow_unused=True, materialize_grads=True)
+        for gradient in (factor.mT.contiguous(), factor.mT)
+    )  # fmt: skip
+    for mine, theirs in zip(turned, plain, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_without_gradients_the_values_are_the_same_and_no_graph_is_kept():
@@ -153,16 +253,43 @@ def test_without_gradients_the_values_are_the_same_and_no_graph_is_kept():
         assert not mine.requires_grad
 
 
-def test_gradients_stop_at_the_state_and_frozen_weights_get_none():
+@pytest.mark.parametrize("frozen", ["core.encoder", "core.memory", "bias", "critic", "core.memory.weight_hh", ""])
+def test_frozen_weights_get_no_gradient_and_the_others_theirs(frozen):
+    policy = policy_of(head=(6,))
+    given = draw(policy)
+    names = ["observations", *(name for name, _ in policy.named_parameters())]
+    every = dict(zip(names, results(policy, *given)[2:], strict=True))
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    left = [name for name in names if name == "observations" or frozen not in name]
+    assert (len(left) == 1) == (frozen == "")
+    for name, gradient in zip(left, results(policy, *given)[2:], strict=True):
+        assert torch.equal(gradient, every[name])
+    assert policy.outputs(*given)[0].requires_grad == (frozen != "")
+
+
+def test_gradients_stop_at_the_state():
     policy = policy_of()
     obs, state, is_first = draw(policy)
-    every = results(policy, obs, state, is_first)
-    policy.core.encoder.requires_grad_(False)
-    state.requires_grad_()
-    fewer = results(policy, obs, state, is_first)
-    assert len(fewer) == len(every) - 2
-    assert torch.equal(fewer[-1], every[-1])
-    assert torch.autograd.grad(policy.outputs(obs, state, is_first)[0].sum(), state, allow_unused=True) == (None,)
+    total = policy.outputs(obs, state.requires_grad_(), is_first)[0].sum()
+    assert torch.autograd.grad(total, state, allow_unused=True) == (None,)
+
+
+def test_a_gradient_has_no_gradient():
+    policy = policy_of()
+    obs, state, is_first = draw(policy)
+    obs.requires_grad_()
+    (gradient,) = torch.autograd.grad(policy.outputs(obs, state, is_first)[0].square().sum(), obs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_both_biases_of_a_memory_have_gradients_of_their_own():
+    policy = policy_of()
+    memory, total = policy.core.memory, sum(output.sum() for output in policy.outputs(*draw(policy)))
+    one, other = torch.autograd.grad(total, [memory.bias_ih_l0, memory.bias_hh_l0])  # backward() would copy what is shared
+    assert torch.equal(one, other)
+    assert one.data_ptr() != other.data_ptr()
 
 
 # -------------------------------------------------------------------------------------------------------------- buffers
@@ -203,27 +330,91 @@ def test_memory_comes_back_with_the_graph_and_is_used_again():
     assert addresses(buffers) == kept
 
 
-def test_results_belong_to_the_caller():
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "no graph"])
+def test_results_and_gradients_belong_to_the_caller(graph):
     policy = policy_of()
     given = draw(policy)
-    first = policy.outputs(*given)
-    before = [output.detach().clone() for output in first]
+    with torch.set_grad_enabled(graph):
+        # Keeps no graph alive, and so no buffers.
+        held = results(policy, *given) if graph else list(policy.outputs(*given))
+        before = [tensor.clone() for tensor in held]
+        for _ in range(3):
+            policy.outputs(*draw(policy))
     results(policy, *draw(policy))
-    for mine, theirs in zip(first, before, strict=True):
+    for mine, theirs in zip(held, before, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_is_read_that_has_not_been_written(name):
+    policy = policy_of(activation="silu", twin=True, **POLICIES[name])
+    given = draw(policy)
+    wanted = results(policy, *given)
+    torch.use_deterministic_algorithms(True)  # fills what `torch.empty` makes with NaN
+    try:
+        policy._sequence.buffers._free.clear()
+        for _ in range(2):
+            for mine, theirs in zip(results(policy, *given), wanted, strict=True):
+                assert torch.equal(mine, theirs)
+            for kept in policy._sequence.buffers._free.values():
+                for tensor in kept:
+                    tensor.fill_(torch.nan)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_without_a_graph_memory_comes_back_at_once():
+    policy = policy_of()
+    given, buffers = draw(policy), policy._sequence.buffers
+    with torch.no_grad():
+        held = [policy.outputs(*given)]
+        kept = addresses(buffers)
+        held += [policy.outputs(*given) for _ in range(5)]
+    assert len(kept) > 0
+    assert addresses(buffers) == kept
+
+
+def test_a_copy_has_its_own_weights_and_memory():
+    policy = policy_of()
+    given = draw(policy)
+    wanted = results(policy, *given)
+    twin = copy.deepcopy(policy)
+    shake_(twin)
+    outputs = twin.outputs(*given)
+    assert_near(results(twin, *given), by_layers(twin, *given))
+    assert not set(addresses(twin._sequence.buffers)) & set(addresses(policy._sequence.buffers))
+    for mine, theirs in zip(results(policy, *given), wanted, strict=True):
+        assert torch.equal(mine, theirs)
+    del outputs
 
 
 def test_many_shapes_do_not_pile_up():
     policy = policy_of()
+    shapes = policy._sequence.buffers._free
     for steps in range(1, 3 * SHAPES_KEPT):
         results(policy, *draw(policy, steps=steps))
-    assert len(policy._sequence.buffers._free) <= SHAPES_KEPT
+        assert 0 < len(shapes) <= SHAPES_KEPT
+    given = draw(policy)
+    results(policy, *given)
+    count = len(addresses(policy._sequence.buffers))
+    results(policy, *given)
+    assert len(addresses(policy._sequence.buffers)) == count, "the shapes of the moment are kept"
+
+
+def test_a_full_store_is_emptied_by_a_new_shape_only():
+    buffers = Buffers()
+    for width in (*range(SHAPES_KEPT), 0):
+        buffers.lend().empty(width)  # back at once
+    assert sorted(buffers._free) == [(width,) for width in range(SHAPES_KEPT)]
+    buffers.lend().empty(SHAPES_KEPT)
+    assert list(buffers._free) == [(SHAPES_KEPT,)]
 
 
 # --------------------------------------------------------------------------------------------------- what PyTorch promises
 
 
-def test_a_weight_changed_in_between_and_a_graph_followed_twice_are_errors():
+def test_a_graph_followed_twice_is_an_error():
     policy = policy_of()
     obs, state, is_first = draw(policy)
     obs.requires_grad_()
@@ -231,19 +422,116 @@ def test_a_weight_changed_in_between_and_a_graph_followed_twice_are_errors():
     gradients(policy, outputs, obs)
     with pytest.raises(RuntimeError, match="second time"):
         gradients(policy, outputs, obs)
-    outputs = policy.outputs(obs, state, is_first)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["core.encoder.linears.0.weight", "core.memory.weight_ih_l0", "core.memory.weight_hh_l0", "actor.output.weight",
+     "critic.output.weight", "obs", "state",
+     "is_first"],
+)  # fmt: skip
+def test_what_is_changed_between_forward_and_backward_is_an_error(changed):
+    policy = policy_of()
+    given = dict(zip(("obs", "state", "is_first"), draw(policy), strict=True))
+    outputs = policy.outputs(**given)
     with torch.no_grad():
-        policy.critic.output.weight.mul_(2)
+        {**given, **dict(policy.named_parameters())}[changed].zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        gradients(policy, outputs, obs)
+        sum(output.sum() for output in outputs).backward()
 
 
 def test_parameters_put_in_place_of_others_are_used():
     policy = policy_of()
     given = draw(policy)
+    results(policy, *given)  # by then none may be kept
     policy.actor.output.weight = nn.Parameter(torch.zeros_like(policy.actor.output.weight))
     policy.core.memory.weight_hh_l0 = nn.Parameter(policy.core.memory.weight_hh_l0 * 2)
     assert_near(results(policy, *given), by_layers(policy, *given))
+
+
+def replace(policy, name, parameter):
+    module, _, own = name.rpartition(".")
+    setattr(policy.get_submodule(module), own, nn.Parameter(parameter))
+
+
+EVERY_KIND = ["core.encoder.linears.0.weight", "core.memory.weight_ih_l0", "core.memory.weight_hh_l0", "actor.output.weight"]
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_parameters_in_another_memory_order_have_the_same_numbers(name):
+    policy = policy_of()
+    given = draw(policy)
+    replace(policy, name, policy.get_parameter(name).detach().mT.contiguous().mT)
+    assert not policy.get_parameter(name).is_contiguous()
+    assert_near(results(policy, *given), by_layers(policy, *given))
+
+
+@pytest.mark.parametrize("name", [*EVERY_KIND[1:], "core.memory.bias_hh_l0", "actor.output.bias"])
+def test_parameters_of_another_shape_are_refused(name):
+    policy = policy_of()
+    larger = policy.get_parameter(name).detach().repeat_interleave(2, dim=-1)  # smaller would be somebody else's memory
+    replace(policy, name, larger)
+    with pytest.raises((RuntimeError, ValueError)):
+        policy.outputs(*draw(policy))
+
+
+@pytest.mark.parametrize("shape", [(0, E), (T, 0)], ids=["no step", "no environment"])
+def test_gradients_of_nothing_are_zero(shape):
+    policy = policy_of(memory="none")
+    given = draw(policy, P, *shape)
+    torch.use_deterministic_algorithms(True)  # fills what `torch.empty` makes with NaN
+    try:
+        found = results(policy, *given)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for mine, theirs in zip(found, by_layers(policy, *given), strict=True):
+        assert torch.equal(mine.double(), theirs)
+
+
+def test_it_is_for_float32_and_can_be_switched_off(monkeypatch, calls):
+    policy = policy_of()
+    obs, state, is_first = draw(policy)
+    supports = policy._sequence.supports
+    assert supports(obs, state)
+    assert not supports(obs.double(), state)
+    assert not supports(obs, state.double())
+    assert not supports(obs.to("meta"), state)
+    policy.critic.output.double()
+    assert not supports(obs, state)
+    policy.critic.output.float()
+    monkeypatch.setenv("HARDY_COMPILED", "0")
+    policy.outputs(obs, state, is_first)
+    assert not calls
+
+
+@pytest.mark.parametrize(("threads", "units", "useful"), [(1, 9.0, 1), (8, 0.5, 1), (8, 1.9, 1), (8, 2.0, 2), (3, 9.0, 3)])
+def test_small_layers_are_not_shared_out(threads, units, useful, monkeypatch):
+    seen = []
+
+    class Library:
+        @staticmethod
+        def hardy_linear(problem):
+            seen.append(problem._obj.threads)
+            return 0
+
+    monkeypatch.setattr(compiled_sequence, "_library", Library)
+    policy = policy_of(memory="none", encoder=(64,))
+    monkeypatch.setattr(compiled_sequence, "SMALLEST_PART", int(P * T * E * 64 * (O + ACTIVATION) / units))
+    set_threads(threads)
+    policy.outputs(*draw(policy))
+    assert seen[0] == useful
+
+
+def test_memory_that_is_not_there_is_an_error_of_its_own(monkeypatch):
+    class Library:
+        @staticmethod
+        def hardy_linear(problem):
+            return 1
+
+    monkeypatch.setattr(compiled_sequence, "_library", Library)
+    policy = policy_of()
+    with pytest.raises(MemoryError, match=rf"\({P}, {T}, {E}, {O}\)"):
+        policy.outputs(*draw(policy))
 
 
 @pytest.mark.parametrize("settings", [{"memory": "gru"}, {"layer_norm": True}])
@@ -263,7 +551,12 @@ def test_shapes_that_do_not_belong_together_are_refused(encoder):
         "environments": (obs, state[:, 1:], is_first),
         "steps": (obs, state, is_first[:, 1:]),
         "members": (obs[1:], state[1:], is_first[1:]),
+        "members of the state": (obs, state[1:], is_first),
+        "environments of is_first": (obs, state, is_first[:, :, 1:]),
     }
     for given in wrong.values():
-        with pytest.raises(ValueError, match=rf"of shapes .*: 3 members with observations of {O} numbers and a state of 22"):
+        shapes = ".* ".join(re.escape(str(tuple(tensor.shape))) for tensor in given)
+        with pytest.raises(
+            ValueError, match=rf"of shapes {shapes}: 3 members with observations of {O} numbers and a state of 22"
+        ):
             CompiledSequence.__call__.__wrapped__(policy._sequence, *given)

@@ -74,8 +74,10 @@ class Loan:
 
     def empty(self, *shape: int) -> Tensor:
         """A float32 tensor of any numbers, as `torch.empty`."""
-        kept = self._free.get(shape)
-        tensor = kept.pop() if kept else torch.empty(shape, dtype=torch.float32)
+        try:
+            tensor = self._free[shape].pop()
+        except (KeyError, IndexError):  # asked for like this, since another thread may take the last
+            tensor = torch.empty(shape, dtype=torch.float32)
         self._borrowed.append(tensor)
         return tensor
 
@@ -94,6 +96,13 @@ class _LinearLayer:
     linear: StackedLinear
     kind: int
 
+    @property
+    def outputs(self) -> int:
+        return self.linear.bias.shape[1]
+
+    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
+        return (self.outputs, inputs), (self.outputs,)
+
     def weights(self) -> tuple[Tensor, ...]:
         return self.linear.weight, self.linear.bias
 
@@ -108,6 +117,14 @@ class _LSTMLayer:
     memory: StackedRecurrent
     layer: int
     places: tuple[int, int]
+
+    @property
+    def outputs(self) -> int:
+        return self.memory.hidden_size
+
+    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
+        gates = 4 * self.outputs
+        return (gates, inputs), (gates, self.outputs), (gates,), (gates,)
 
     def weights(self) -> tuple[Tensor, ...]:
         return self.memory.layer_weights(self.layer)
@@ -201,8 +218,13 @@ class CompiledSequence(Layers):
         return self
 
     def supports(self, obs: Tensor, state: Tensor) -> bool:
-        """Whether the library can be used on these, with the weights as they are: float32 on the CPU."""
-        return available() and all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in (obs, state, *self._weights()))
+        """Whether the library can be used on these, with the weights as they are: float32 on the CPU, and any steps at all."""
+        tensors = (obs, state, *self._weights())
+        return (
+            available()
+            and all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
+            and min(obs.shape[1:3]) > 0
+        )
 
     def __call__(
         self, obs: Float[Tensor, "P T E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P T E"]
@@ -215,7 +237,7 @@ class CompiledSequence(Layers):
             ValueError: the shapes do not belong together.
             MemoryError: no memory for the working space.
         """
-        weights = list(self._weights())
+        weights = [weight.contiguous() for weight in self._weights()]
         self._check_shapes(obs, state, is_first, weights)
         given = _Given(state.detach().contiguous(), is_first.bool().contiguous(), pool().threads, self.level)
         outputs = _Sequence.apply(self, given, obs.contiguous(), *weights)  # type: ignore[no-untyped-call]  # not annotated
@@ -239,6 +261,13 @@ class CompiledSequence(Layers):
                 f"{len(weights[0])} members with observations of {', '.join(map(str, widths))} numbers and a state of {size} "
                 "are needed"
             )
+        for place, (layer, own) in enumerate(_with_weights(self, weights)):
+            inputs = width if layer.source == OBSERVATION else self.layers[layer.source].outputs
+            shapes = [(members, *shape) for shape in layer.shapes(inputs)]
+            if [tuple(weight.shape) for weight in own] != shapes:
+                raise ValueError(
+                    f"weights of layer {place} of shapes {[tuple(weight.shape) for weight in own]}: {shapes} are needed"
+                )
 
 
 class _Sequence(torch.autograd.Function):
@@ -257,13 +286,15 @@ class _Sequence(torch.autograd.Function):
             else:
                 made.append(call.forward(ctx.loan.empty))
         ctx.made = made
-        ctx.save_for_backward(obs, *weights)
+        ctx.save_for_backward(obs, given.state, given.is_first, *weights)
         return tuple(results[place] for place in sequence.results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        obs, *weights = ctx.saved_tensors
+        # State and starts are asked for like the others, so that PyTorch notices if they were changed in between.
+        obs, state, is_first, *weights = ctx.saved_tensors
+        given = dataclasses.replace(ctx.given, state=state, is_first=is_first)
         sequence, made = ctx.sequence, ctx.made
         loan = sequence.buffers.lend()
         gradient = {place: grad.contiguous() for place, grad in zip(sequence.results, grad_outputs, strict=True)}
@@ -274,7 +305,7 @@ class _Sequence(torch.autograd.Function):
             adds = layer.source in gradient
             if not adds and (not at_start or ctx.needs_input_grad[2]):
                 gradient[layer.source] = torch.empty_like(obs) if at_start else loan.empty(*inputs.shape)
-            call = layer.prepare(ctx.given, inputs, own)
+            call = layer.prepare(given, inputs, own)
             found.append(call.backward(made[place], gradient[place], loan.empty, gradient.get(layer.source), adds))
         return None, None, gradient.get(OBSERVATION), *(grad for grads in reversed(found) for grad in grads)
 
