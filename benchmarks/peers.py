@@ -38,7 +38,9 @@ class Library:
         remarks: what differs from the common work.
         constrained: whether `constraints.txt` holds for the dependencies; otherwise only its version of torch does.
         population: whether it trains a population; others train one agent, of whom members in turn are as fast in all.
-        environment: variables of its process.
+        environment: variables of its process and of its installation.
+        dependencies: installed before ``requirements``, for a library that asks for others than it needs.
+        pip_options: for ``requirements`` alone.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Library:
     constrained: bool = False
     population: bool = False
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    dependencies: tuple[str, ...] = ()
+    pip_options: tuple[str, ...] = ()
 
 
 HARDY = Library(
@@ -102,10 +106,34 @@ PEERS = (
         ("ray[rllib]==2.60.0", "torch"),
         "exact resets, by splitting and padding; environments and learner in one process",
     ),
+    Library(
+        "pufferlib",
+        # pufferlib 3.0.0 downloads raylib and Box2D from GitHub while pip builds it, and its NO_OCEAN=1 is a NameError; this is
+        # a repackaging of its trainer, networks and vectorisation, without the environments in C.
+        "pufferlib-core",
+        "peer_pufferlib",
+        ("pufferlib-core==3.0.23",),
+        "no resets inside an unroll, whose state is zero at its start and whose last step has no advantage; truncations are "
+        "ignored; sequences are drawn by priority; Adam instead of Muon; CartPole in vectorised NumPy; not compiled, which "
+        "was no faster",
+        constrained=True,
+        # Its wheel is for CUDA and torch 2.9.0: the advantages in C++ are built for the torch that all others have, and never
+        # taken from pip's cache, which does not know for which torch they were built.
+        dependencies=(
+            "torch",
+            "setuptools",
+            "gymnasium",
+            "numpy",
+            "rich",
+            "psutil==7.2.2",
+            "rich-argparse==1.8.0",
+            "pyro-ppl==1.9.2",
+        ),
+        pip_options=("--no-deps", "--no-build-isolation", "--no-cache-dir", "--no-binary", "pufferlib-core"),
+        environment={"PUFFERLIB_DISABLE_CUDA": "1"},
+    ),
 )
-LEFT_OUT = {
-    "pufferlib": "3.0.0 downloads raylib and Box2D from GitHub while pip builds it, which failed; its NO_OCEAN=1 is a NameError"
-}
+LEFT_OUT: dict[str, str] = {}
 """Libraries that were tried and have no worker, with the reason."""
 LIBRARIES = {library.name: library for library in (*OURS, *PEERS)}
 _failed: dict[str, str] = {}
@@ -113,10 +141,23 @@ _failed: dict[str, str] = {}
 
 
 def wanted(library: Library) -> dict[str, Any]:
-    """What an installation of a library depends on: when that changes, it is installed anew."""
+    """What an installation of a library depends on: when that changes, it is installed anew.
+
+    What most libraries have none of is left out, so that their installations from before it existed are kept.
+    """
     constraints = (ROOT / "constraints.txt").read_text().splitlines()
     kept = [line for line in constraints if library.constrained or line.startswith("torch==")]
-    return {"requirements": [*library.requirements], "constraints": kept, "python": list(sys.version_info[:2])}
+    built = {
+        "dependencies": [*library.dependencies],
+        "pip_options": [*library.pip_options],
+        "environment": {**library.environment},
+    }
+    return {
+        "requirements": [*library.requirements],
+        "constraints": kept,
+        "python": list(sys.version_info[:2]),
+        **(built if built["dependencies"] or built["pip_options"] else {}),
+    }
 
 
 def interpreter(library: Library, reinstall: bool = False, pip_options: tuple[str, ...] = ()) -> Path:
@@ -153,8 +194,11 @@ def _install(library: Library, folder: Path, pip_options: tuple[str, ...]) -> st
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(wanted(library)["constraints"]) + "\n")
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", *pip_options]
+    pip += ["-c", str(constraints)]
     try:
-        call([*pip, "-c", str(constraints), *library.requirements], INSTALL_LIMIT, ROOT)
+        if library.dependencies:
+            call([*pip, *library.dependencies], INSTALL_LIMIT, ROOT)
+        call([*pip, *library.pip_options, *library.requirements], INSTALL_LIMIT, ROOT, library.environment)
     except CommandError as error:
         return str(error)
     return None

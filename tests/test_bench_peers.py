@@ -144,10 +144,14 @@ def test_a_library_without_populations_is_asked_for_one_agent(monkeypatch: pytes
 
 
 def test_every_library_has_a_worker_a_pinned_version_and_remarks() -> None:
+    constraints = (peers.ROOT / "constraints.txt").read_text()
     for library in LIBRARIES.values():
         assert (peers.ROOT / "benchmarks" / f"{library.module}.py").is_file()
         assert library.remarks
         assert all("==" in requirement for requirement in library.requirements if requirement != "torch")
+        assert all(
+            "==" in needed or (library.constrained and f"\n{needed}==" in constraints) for needed in library.dependencies
+        )
     assert list(LIBRARIES)[:3] == ["hardy", "hardy-pure", "sb3-contrib"]
 
 
@@ -252,6 +256,18 @@ def test_an_installation_is_kept_until_its_requirements_change(environments: Pat
     assert [command[-1] for command in commands] == ["hardy-peer-that-does-not-exist==1.0", "other==2.0"]
     constraints = (environments / "absent" / "constraints.txt").read_text()
     assert constraints.startswith("torch==") and constraints.count("==") == 1
+
+
+def test_a_library_can_come_without_what_it_asks_for(environments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[tuple[list[str], Any]] = []
+    monkeypatch.setattr(peers, "call", lambda command, limit, folder, given=None: installed.append((command, given)))
+    library = dataclasses.replace(ABSENT, dependencies=("torch", "b==2"), pip_options=("--no-deps",), environment={"MINE": "7"})
+    for version in ("2", "2", "3"):
+        interpreter(dataclasses.replace(library, dependencies=("torch", f"b=={version}")))
+    (first, given), (second, built), (third, _), _ = installed
+    assert first[-2:] == ["torch", "b==2"] and "--no-deps" not in first and not given
+    assert second[-2:] == ["--no-deps", ABSENT.requirements[0]] and built == {"MINE": "7"}
+    assert third[-1] == "b==3"
 
 
 def test_an_interrupted_installation_is_done_again(environments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
