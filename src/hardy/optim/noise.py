@@ -47,7 +47,7 @@ def standard_normal(keys: Int[Tensor, "P"], tensors: Sequence[Tensor]) -> list[T
     Number i of tensor k of a member comes from the counter ``2⁴⁰·k + 16·(i // 32) + i % 16`` under the member's key, by cosine
     where ``i // 16`` is even, else by sine.
     """
-    lengths = [tensor[0].numel() for tensor in tensors]
+    lengths = [tensor.numel() // len(keys) for tensor in tensors]
     sizes = [-(-length // (2 * _LANES)) * 2 * _LANES for length in lengths]
     # Half-precision numbers would be too coarse for the logarithm and the angle.
     precise = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
@@ -58,8 +58,9 @@ def standard_normal(keys: Int[Tensor, "P"], tensors: Sequence[Tensor]) -> list[T
         _fill_in_slices(rows, keys, counters)
     else:
         box_muller(split_mix_of_products(counters, keys[:, None, None]), rows)
-    parts = zip(buffer.split(sizes, dim=1), lengths, tensors, strict=True)
-    return [part[:, :length].view(tensor.shape).to(tensor.dtype) for part, length, tensor in parts]
+    gaps = [number for size, length in zip(sizes, lengths, strict=True) for number in (length, size - length)]
+    parts = zip(buffer.split_with_sizes(gaps, dim=1)[::2], tensors, strict=True)
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in parts]
 
 
 def _fill_in_slices(rows: Float[Tensor, "P rows 2 lanes"], keys: Int[Tensor, "P"], counters: Int[Tensor, "rows lanes"]) -> None:
