@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hardy.optim import UPGDW, AdaptiveUPGD, VarianceGradientScaler
 from hardy.optim.settings import VGSSettings
-from hardy.optim.vgs import noise_to_signal_ratio, shrinkage, squared_weight_sum
+from hardy.optim.vgs import average_weights, noise_to_signal_ratio, shrinkage
 
 SIZE = 20_000
 
@@ -83,12 +83,13 @@ def test_a_constant_heterogeneous_gradient_has_no_variance(estimator: str, parts
 
 @given(beta=st.floats(0.05, 0.99), count=st.integers(1, 200))
 @settings(deadline=None, max_examples=25)
-def test_squared_weight_sum_is_that_of_the_weights(beta: float, count: int) -> None:
+def test_average_weights_are_those_of_the_average(beta: float, count: int) -> None:
     weights = torch.tensor(
         [(1 - beta) * beta ** (count - 1 - i) / (1 - beta**count) for i in range(count)], dtype=torch.float64
     )
-    got = squared_weight_sum(torch.full((1, 1), beta, dtype=torch.float64), torch.full((1, 1), count))
-    assert float(got) == pytest.approx(float(weights.square().sum()), rel=1e-9)
+    newest, squares = average_weights(torch.full((1, 1), beta, dtype=torch.float64), torch.full((1, 1), count))
+    assert float(newest) == pytest.approx(float(weights[-1]), rel=1e-9)
+    assert float(squares) == pytest.approx(float(weights.square().sum()), rel=1e-9)
 
 
 @given(ratio=st.floats(1e-3, 1e3))

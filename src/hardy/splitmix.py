@@ -17,11 +17,20 @@ def split_mix(counter: Int[Tensor, "*#shape"], key: int | Int[Tensor, "*#shape"]
 
     Products and sums wrap around, as they do without a sign.
     """
-    start = _signed(key + _INCREMENT) if isinstance(key, int) else key + _signed(_INCREMENT)
-    bits = counter * _signed(_INCREMENT) + start
+    return split_mix_of_products(products(counter), key)
+
+
+def products(counter: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """What `split_mix_of_products` wants to know of a counter: the same whatever the key."""
+    return counter * _signed(_INCREMENT)
+
+
+def split_mix_of_products(products: Int[Tensor, "*#shape"], key: int | Int[Tensor, "*#shape"]) -> Int[Tensor, "*shape"]:
+    """`split_mix` of the counters whose `products` are given."""
+    bits = products + (_signed(key + _INCREMENT) if isinstance(key, int) else key + _signed(_INCREMENT))
     for shift, factor in _ROUNDS:
-        bits = _shifted_xor(bits, shift).mul_(_signed(factor))
-    return _shifted_xor(bits, 31)
+        _xor_shifted_(bits, shift).mul_(_signed(factor))
+    return _xor_shifted_(bits, 31)
 
 
 def uniform(bits: Int[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
@@ -29,8 +38,8 @@ def uniform(bits: Int[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
-def _shifted_xor(bits: Tensor, shift: int) -> Tensor:
-    return (bits >> shift).bitwise_and_((1 << 64 - shift) - 1).bitwise_xor_(bits)
+def _xor_shifted_(bits: Tensor, shift: int) -> Tensor:
+    return bits.bitwise_xor_((bits >> shift).bitwise_and_((1 << 64 - shift) - 1))
 
 
 def _signed(number: int) -> int:

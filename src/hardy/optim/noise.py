@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hardy.graphs import may_ask
-from hardy.splitmix import split_mix
+from hardy.splitmix import products, split_mix_of_products
 
 _LANES = 16
 """Counters side by side; each gives two numbers, so that 32 successive places belong together."""
@@ -47,44 +47,46 @@ def standard_normal(keys: Int[Tensor, "P"], tensors: Sequence[Tensor]) -> list[T
     Number i of tensor k of a member comes from the counter ``2⁴⁰·k + 16·(i // 32) + i % 16`` under the member's key, by cosine
     where ``i // 16`` is even, else by sine.
     """
-    lengths = [tensor[0].numel() for tensor in tensors]
+    lengths = [tensor.numel() // len(keys) for tensor in tensors]
     sizes = [-(-length // (2 * _LANES)) * 2 * _LANES for length in lengths]
     # Half-precision numbers would be too coarse for the logarithm and the angle.
     precise = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     buffer = torch.empty(keys.shape[0], sum(sizes), dtype=precise, device=tensors[0].device)
-    counters = _counters(tuple(size // 2 for size in sizes), buffer.device)
     rows = buffer.view(len(keys), -1, 2, _LANES)
+    counters = _products(tuple(size // 2 for size in sizes), buffer.device)
     if may_ask(keys):
         _fill_in_slices(rows, keys, counters)
     else:
-        pair = box_muller(split_mix(counters, keys[:, None]), precise)
-        rows[:, :, 0], rows[:, :, 1] = (values.view(len(keys), -1, _LANES) for values in pair)
-    parts = zip(buffer.split(sizes, dim=1), lengths, tensors, strict=True)
-    return [part[:, :length].view(tensor.shape).to(tensor.dtype) for part, length, tensor in parts]
+        box_muller(split_mix_of_products(counters, keys[:, None, None]), rows)
+    gaps = [number for size, length in zip(sizes, lengths, strict=True) for number in (length, size - length)]
+    parts = zip(buffer.split_with_sizes(gaps, dim=1)[::2], tensors, strict=True)
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in parts]
 
 
-def _fill_in_slices(rows: Float[Tensor, "P rows 2 lanes"], keys: Int[Tensor, "P"], counters: Int[Tensor, "C"]) -> None:
+def _fill_in_slices(rows: Float[Tensor, "P rows 2 lanes"], keys: Int[Tensor, "P"], counters: Int[Tensor, "rows lanes"]) -> None:
+    at_once = _SLICE // _LANES
     for key, own in zip(keys.tolist(), rows, strict=True):
-        for begin in range(0, counters.numel(), _SLICE):
-            pair = box_muller(split_mix(counters[begin : begin + _SLICE], key), rows.dtype)
-            of_slice = own[begin // _LANES : (begin + _SLICE) // _LANES]
-            of_slice[:, 0], of_slice[:, 1] = (values.view(-1, _LANES) for values in pair)
+        for out, part in zip(own.split(at_once), counters.split(at_once), strict=True):
+            box_muller(split_mix_of_products(part, key), out)
 
 
 @functools.lru_cache(maxsize=2)
-def _counters(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "C"]:
-    """Those of each tensor; the same in every step."""
-    return torch.cat([torch.arange(k << _TENSOR, (k << _TENSOR) + count, device=device) for k, count in enumerate(counts)])
+def _products(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "rows lanes"]:
+    """Those of each tensor's counters; the same in every step."""
+    starts = [k << _TENSOR for k in range(len(counts))]
+    counters = [torch.arange(start, start + count, device=device) for start, count in zip(starts, counts, strict=True)]
+    return products(torch.cat(counters)).view(-1, _LANES)
 
 
-def box_muller(bits: Int[Tensor, "*shape"], dtype: torch.dtype) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """Two independent normal numbers from 64 random bits each: ``√(−2 ln u)·(cos θ, sin θ)``.
+def box_muller(bits: Int[Tensor, "*rows lanes"], out: Float[Tensor, "*rows 2 lanes"]) -> None:
+    """Two independent normal numbers from 64 random bits each, which are used up: ``√(−2 ln u)·(cos θ, sin θ)``.
 
     u comes from the lower half, uniform in (0, 1], of 31 bits, so that its logarithm is finite and the largest number 6.66; θ
     from the upper half, in [−π, π).
     """
     # By way of int32, whose conversion is vectorised.
-    uniform = (bits.to(torch.int32) >> 1).bitwise_and_((1 << 31) - 1).to(dtype).add_(0.5).mul_(2.0**-31)
+    uniform = bits.to(torch.int32).bitwise_right_shift_(1).bitwise_and_((1 << 31) - 1).to(out.dtype).add_(0.5).mul_(2.0**-31)
     length = uniform.log_().mul_(-2).sqrt_()
-    theta = (bits >> 32).to(torch.int32).to(dtype).mul_(math.pi * 2.0**-31)
-    return theta.cos().mul_(length), theta.sin_().mul_(length)
+    theta = bits.bitwise_right_shift_(32).to(torch.int32).to(out.dtype).mul_(math.pi * 2.0**-31)
+    torch.mul(length, theta.cos(), out=out[..., 0, :])
+    torch.mul(length, theta.sin_(), out=out[..., 1, :])

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hardy.graphs import may_ask
-from hardy.population import per_member
 
 Gating = Literal["global", "local", "none"]
 StandardNormal = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -115,23 +114,36 @@ def chain(*transforms: Transform) -> Transform:
 
 def columns(matrix: Shaped[Tensor, "#P #K"], like: Sequence[Tensor]) -> list[Tensor]:
     """Column k of a matrix in the shape and dtype that broadcast against tensor k: ``[P, 1, ..., 1]``."""
-    size, dtype = like[0].shape[0], like[0].dtype
-    entries = matrix.to(dtype).expand(size, matrix.shape[1]).unbind(1)
-    if len(entries) < len(like):
-        entries = entries * len(like)
-    if any(tensor.dtype != dtype for tensor in like):
-        entries = tuple(entry.to(tensor.dtype) for entry, tensor in zip(entries, like, strict=True))
-    if size == 1:
-        return list(entries)  # one element broadcasts against any shape
-    return [per_member(entry, tensor.ndim) for entry, tensor in zip(entries, like, strict=True)]
+    dtype = like[0].dtype
+    if matrix.shape[0] == 1 and all(tensor.dtype is dtype for tensor in like):
+        entries = matrix.to(dtype).unbind(1)  # one element broadcasts against any shape
+        return list(entries) if len(entries) == len(like) else [entries[0]] * len(like)
+    shaped: dict[tuple[torch.dtype, int], tuple[Tensor, ...]] = {}
+    found = []
+    for k, tensor in enumerate(like):
+        kind = tensor.dtype, tensor.ndim
+        if kind not in shaped:
+            shaped[kind] = matrix.to(kind[0]).view(*matrix.shape, *[1] * (kind[1] - 1)).unbind(1)
+        found.append(shaped[kind][k if matrix.shape[1] > 1 else 0])
+    return found
 
 
 def tensor_norms(tensors: Sequence[Shaped[Tensor, "P ..."]]) -> Float[Tensor, "P K"]:
     """Euclidean norm of each member's row of each tensor, float64."""
-    size = tensors[0].shape[0]
-    if size == 1:
-        return torch.stack(torch._foreach_norm(list(tensors)))[None].double()
-    return torch.stack([torch.linalg.vector_norm(tensor.reshape(size, -1), dim=1) for tensor in tensors], dim=1).double()
+    if tensors[0].shape[0] == 1:  # a whole tensor at a time, in one call
+        return torch.stack(torch._foreach_norm(list(tensors))).double()[None]
+    return torch.stack([torch.linalg.vector_norm(rows, dim=1) for rows in _rows(tensors)], dim=1).double()
+
+
+def tensor_maxima(tensors: Sequence[Shaped[Tensor, "P ..."]]) -> Float[Tensor, "P K"]:
+    """Largest entry of each member's row of each tensor, float64."""
+    if tensors[0].shape[0] == 1:
+        return torch.stack(torch._foreach_max(list(tensors))).double()[None]
+    return torch.stack([rows.amax(1) for rows in _rows(tensors)], dim=1).double()
+
+
+def _rows(tensors: Sequence[Shaped[Tensor, "P ..."]]) -> list[Shaped[Tensor, "P N"]]:
+    return [tensor.reshape(tensor.shape[0], -1) for tensor in tensors]
 
 
 @functools.lru_cache(maxsize=64)
@@ -145,15 +157,24 @@ def pick_columns(matrix: Shaped[Tensor, "P K"], chosen: Sequence[int]) -> Shaped
     return matrix if len(chosen) == matrix.shape[1] else matrix.index_select(1, positions(tuple(chosen), matrix.device))
 
 
+def where_chosen(step: Step, chosen: Sequence[int], inside: Tensor, outside: Tensor) -> Float[Tensor, "P K"]:
+    """``inside`` in the columns of the chosen tensors, ``outside`` in the others'."""
+    if len(chosen) == step.shape[1]:
+        return inside
+    mask = positions(tuple([int(k in chosen) for k in range(step.shape[1])]), step.coefficient.device)
+    return torch.where(mask > 0, inside, outside) if chosen else outside
+
+
 def clip_by_member_norm(step: Step) -> None:
     """Shrink each member's gradient, all tensors together, to norm ``max_grad_norm`` at most (Pascanu et al. 2013, §3.2)."""
-    norm = step.gradient_norms.norm(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(step.gradient_norms, dim=1, keepdim=True)
     step.metrics["train/grad_norm"] = norm[:, 0]
     limit = step.hyper.get("max_grad_norm")
     if limit is None:
         return
-    shrink = torch.where(norm > limit, limit / norm, 1.0)
-    if not may_ask(shrink) or bool((shrink != 1).any()):
+    above = norm > limit
+    if not may_ask(above) or bool(above.any()):
+        shrink = torch.where(above, limit / norm, 1.0)
         step.gradients = list(torch._foreach_mul(step.gradients, columns(shrink, step.gradients)))
         step.direction = step.gradients
 
@@ -165,13 +186,13 @@ def scale(step: Step) -> None:
 
 def descend(step: Step) -> None:
     """Move the weights in place: ``w ← (1 − lr·decay)·w − lr·(update + noise)``, the decay only where it is decoupled."""
-    lr = step.hyper["lr"]
+    back = -step.hyper["lr"]
     decay = step.hyper.get("decoupled_decay")
-    if decay is not None and (not may_ask(decay) or bool((decay != 0).any())):
-        torch._foreach_mul_(step.weights, columns(1 - lr * decay, step.weights))
-    torch._foreach_addcmul_(step.weights, step.direction, columns(-lr * step.coefficient, step.weights))
+    if decay is not None and (not may_ask(decay) or bool(decay.any())):
+        torch._foreach_mul_(step.weights, columns(1 + back * decay, step.weights))
+    torch._foreach_addcmul_(step.weights, step.direction, columns(back * step.coefficient, step.weights))
     if step.noise:
         noisy = list(step.noise)
         weights = [step.weights[k] for k in noisy]
-        amount = pick_columns(-lr * step.noise_coefficient, noisy)
+        amount = pick_columns(back * step.noise_coefficient, noisy)
         torch._foreach_addcmul_(weights, list(step.noise.values()), columns(amount, weights))

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hardy.graphs import may_ask
-from hardy.optim.transforms import Step, Transform, columns, pick_columns, positions, tensor_norms
+from hardy.optim.transforms import Step, Transform, columns, pick_columns, positions, tensor_maxima, tensor_norms, where_chosen
 from hardy.population import copied, training_state
 
 OptimizerName = Literal["AdaptiveUPGD", "UPGD", "UPGDW"]
@@ -114,18 +114,15 @@ def _inverse_scale(
 ) -> tuple[Float[Tensor, "P"], Float[Tensor, "P G"]]:
     """The largest utility η of each member, and what turns each uncorrected utility into U/η."""
 
-    def per_tensor(largest: bool) -> Tensor:
-        rows = [utility.reshape(utility.shape[0], -1) for utility in utilities]
-        return torch.stack([row.amax(1) if largest else row.amin(1) for row in rows], dim=1).double()
-
+    largest = tensor_maxima(utilities)
     if raw_maximum:
-        eta = per_tensor(largest=True).amax(1)
+        eta = largest.amax(1)
         return eta, 1 / (correction * eta[:, None])
-    eta = (per_tensor(largest=True) / correction).amax(1)
-    used = eta
+    used = eta = (largest / correction).amax(1)
     if not may_ask(eta) or bool((eta <= 0).any()):
         # Where no utility is positive, the largest magnitude is that of the smallest utility.
-        used = torch.where(eta > 0, eta, -(per_tensor(largest=False) / correction).amin(1))
+        smallest = tensor_maxima(torch._foreach_neg(utilities))
+        used = torch.where(eta > 0, eta, (smallest / correction).amax(1))
     # The inverse must be finite in the utilities' own type: infinity times a utility of 0 is NaN.
     uncorrected = used[:, None] * correction
     tiny = torch.finfo(utilities[0].dtype).tiny
@@ -159,7 +156,7 @@ def _apply_gates(step: Step) -> None:
     if step.direction is step.gradients:
         step.direction = [gradient.clone() if k in chosen else gradient for k, gradient in enumerate(step.gradients)]
     torch._foreach_mul_([step.direction[k] for k in chosen], [step.gates[k] for k in chosen])
-    step.coefficient = torch.where(_mask(step, chosen), step.coefficient * step.hyper["step_factor"], step.coefficient)
+    step.coefficient = where_chosen(step, chosen, step.coefficient * step.hyper["step_factor"], step.coefficient)
 
 
 def perturb(step: Step) -> None:
@@ -174,21 +171,29 @@ def perturb(step: Step) -> None:
     if not noisy:
         step.metrics["upgd/noise_to_signal"] = torch.zeros_like(sigma[:, 0])
         return
-    update_norm = tensor_norms(step.direction) * step.coefficient.abs()
     noise = step.standard_normal([step.weights[k] for k in noisy])
-    gated = [k for k in noisy if k in step.gates]
     step.noise = dict(zip(noisy, noise, strict=True))
-    sizes = positions(tuple(weight[0].numel() for weight in step.weights), sigma.device).double()
-    gate_norm = sizes.sqrt().repeat(step.shape[0], 1)
+    gated = [k for k in noisy if k in step.gates]
+    gates = [step.gates[k] for k in gated]
     if gated:
-        gates = [step.gates[k] for k in gated]
         torch._foreach_mul_([step.noise[k] for k in gated], gates)
-        gate_norm.index_copy_(1, positions(tuple(gated), gate_norm.device), tensor_norms(gates))
-    fixed = torch.where(_mask(step, gated), sigma * step.hyper["step_factor"], sigma)
+    norms = tensor_norms([*step.direction, *noise, *gates]).split([step.shape[1], len(noisy), len(gated)], dim=1)
+    update_norm = norms[0] * step.coefficient.abs()
+    fixed = where_chosen(step, gated, sigma * step.hyper["step_factor"], sigma)
     adaptive = [k for k, option in enumerate(step.options) if option.adaptive_noise]
-    step.noise_coefficient = torch.where(_mask(step, adaptive), sigma * update_norm / gate_norm, fixed)
-    noise_norm = (tensor_norms(noise) * pick_columns(step.noise_coefficient, noisy)).norm(dim=1)
-    step.metrics["upgd/noise_to_signal"] = torch.where(noise_norm > 0, noise_norm / update_norm.norm(dim=1), 0.0)
+    step.noise_coefficient = where_chosen(step, adaptive, sigma * update_norm / _gate_norms(step, gated, norms[2]), fixed)
+    noise_norm = torch.linalg.vector_norm(norms[1] * pick_columns(step.noise_coefficient, noisy), dim=1)
+    ratio = noise_norm / torch.linalg.vector_norm(update_norm, dim=1)
+    step.metrics["upgd/noise_to_signal"] = torch.where(noise_norm > 0, ratio, 0.0)
+
+
+def _gate_norms(step: Step, gated: list[int], norms: Float[Tensor, "P G"]) -> Float[Tensor, "P K"]:
+    """The norm of each tensor's gates, those of some given; without gates it is that of ones."""
+    if len(gated) == step.shape[1]:
+        return norms
+    sizes = positions(tuple(weight[0].numel() for weight in step.weights), norms.device).double()
+    ones = sizes.sqrt().repeat(step.shape[0], 1)
+    return ones.index_copy_(1, positions(tuple(gated), norms.device), norms) if gated else ones
 
 
 def noisy_tensors(step: Step) -> list[int]:
@@ -198,7 +203,3 @@ def noisy_tensors(step: Step) -> list[int]:
     wanted = [any(value > 0 for value in values) for values in by_tensor]
     wanted *= step.shape[1] // len(wanted)
     return [k for k, option in enumerate(step.options) if option.noise and wanted[k]]
-
-
-def _mask(step: Step, chosen: list[int]) -> Tensor:
-    return positions(tuple(int(k in chosen) for k in range(step.shape[1])), step.coefficient.device) > 0

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hardy.graphs import may_ask
@@ -97,18 +97,23 @@ class Scopes:
         return most.scatter_reduce_(1, self._index(steps.device).expand_as(steps), steps, "amax")
 
 
-def squared_weight_sum(beta: Float[Tensor, "P #K"], count: Int[Tensor, "P K"]) -> Float[Tensor, "P K"]:
-    """Σ of the squared weights of a bias-corrected exponential average of ``count`` values: ``(1−β)(1+βᵗ)/((1+β)(1−βᵗ))``."""
+def average_weights(
+    beta: Float[Tensor, "P #K"], count: Int[Tensor, "P K"]
+) -> tuple[Float[Tensor, "P K"], Float[Tensor, "P K"]]:
+    """Weight of the newest value in a bias-corrected exponential average of ``count`` values, and Σ of all squared weights.
+
+    They are ``(1−β)/(1−βᵗ)`` and ``(1−β)(1+βᵗ)/((1+β)(1−βᵗ))``.
+    """
     power = beta**count
-    return (1 - beta) * (1 + power) / ((1 + beta) * (1 - power))
+    newest = (1 - beta) / (1 - power)
+    return newest, newest * ((1 + power) / (1 + beta))
 
 
 def moments_from_averages(
     mean_square: Float[Tensor, "P K"], second_moment: Float[Tensor, "P K"], share: Float[Tensor, "P K"]
 ) -> tuple[Float[Tensor, "P K"], Float[Tensor, "P K"]]:
     """Variance and squared mean from ‖m̂‖², ŝ and the share c of the variance left in m̂; one value has no variance (c = 1)."""
-    left = torch.where(share < 1, 1 - share, 1.0)
-    variance = torch.where(share < 1, (second_moment - mean_square) / left, 0.0)
+    variance = torch.where(share < 1, (second_moment - mean_square) / (1 - share), 0.0)
     return variance, second_moment - variance
 
 
@@ -190,25 +195,32 @@ def update_statistics_(
     Raises:
         RuntimeError: the microbatch estimator has seen fewer than two contributions.
     """
-    every = slice(None) if at is None else at
-    state.steps[:, every] += 1
-    count = state.steps[:, every]
-    weight = (1 - beta) / (1 - beta**count)
+    count = _taken(state.steps, at) + 1
+    _put_(state.steps, count, at)
+    weight, share = average_weights(beta, count)
     square = norms.square()
-    state.second_moment[:, every] = torch.lerp(state.second_moment[:, every], square, weight)
+    second_moment = _taken(state.second_moment, at).lerp(square, weight)
+    _put_(state.second_moment, second_moment, at)
     if estimator == "ema":
         means = [state.mean[name] for name in names]
         torch._foreach_lerp_(means, list(gradients), columns(weight, means))
-        share = squared_weight_sum(beta, count)
-        variance, signal = moments_from_averages(tensor_norms(means).square(), state.second_moment[:, every], share)
+        variance, signal = moments_from_averages(tensor_norms(means).square(), second_moment, share)
     else:
-        latest = moments_from_microbatches(state.microbatch_squares[:, every], square, contributions(state)[:, None])
-        variance = torch.lerp(state.variance[:, every], latest[0], weight)
-        signal = torch.lerp(state.signal[:, every], latest[1], weight)
+        latest = moments_from_microbatches(_taken(state.microbatch_squares, at), square, contributions(state)[:, None])
+        variance = _taken(state.variance, at).lerp(latest[0], weight)
+        signal = _taken(state.signal, at).lerp(latest[1], weight)
         state.microbatches.zero_()
         state.microbatch_squares.zero_()
-    state.variance[:, every] = variance
-    state.signal[:, every] = signal
+    _put_(state.variance, variance, at)
+    _put_(state.signal, signal, at)
+
+
+def _taken(matrix: Shaped[Tensor, "P all"], at: Int[Tensor, "K"] | None) -> Shaped[Tensor, "P K"]:
+    return matrix if at is None else matrix[:, at]
+
+
+def _put_(matrix: Shaped[Tensor, "P all"], values: Shaped[Tensor, "P K"], at: Int[Tensor, "K"] | None) -> None:
+    matrix.copy_(values) if at is None else matrix.index_copy_(1, at, values)
 
 
 def scope_factors(
