@@ -133,8 +133,6 @@ PEERS = (
         environment={"PUFFERLIB_DISABLE_CUDA": "1"},
     ),
 )
-LEFT_OUT: dict[str, str] = {}
-"""Libraries that were tried and have no worker, with the reason."""
 LIBRARIES = {library.name: library for library in (*OURS, *PEERS)}
 _failed: dict[str, str] = {}
 """Libraries that this process could not install, with the reason."""

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import LEFT_OUT, LIBRARIES, OURS, PEERS, ROOT, Library, SkippedError, interpreter
+from benchmarks.peers import LIBRARIES, OURS, PEERS, ROOT, Library, SkippedError, interpreter
 from benchmarks.processes import CommandError, call
 from hardy.bench import results
 from hardy.interrupts import INTERRUPTED, sigterm_as_ctrl_c
@@ -167,7 +167,7 @@ def compare(
     iterations = max(steps // (num_envs * Work.num_steps * population), 2)
     work = Work(num_envs, threads, iterations, seed=0, quantiles=quantiles, population=population)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in libraries}
-    skipped = dict(LEFT_OUT) if set(libraries) == set(LIBRARIES) else {}
+    skipped: dict[str, str] = {}
     interrupted = False
     try:
         pythons = _interpreters(libraries, reinstall, skipped)
