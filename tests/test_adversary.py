@@ -320,7 +320,9 @@ def test_the_adversarial_ratio_is_a_share_of_the_sequences_and_zero_keeps_the_su
     mixed[2] = attacked[2]
     clean = run.policy(batch.obs, batch.initial_state, batch.is_first)[0]
     under = run.policy(mixed, batch.initial_state, batch.is_first)[0]
-    expected = ppo.clipped_surrogate(under.log_prob(batch.action), batch.log_prob, batch.advantage, hyper["ppo.clip_range"])
+    expected = ppo.clipped_surrogate(
+        ppo.log_ratio(under.log_prob(batch.action), batch.log_prob), batch.advantage, hyper["ppo.clip_range"]
+    )
     total, parts = ppo.loss(run.policy, batch, hyper, steps, attacked)
     torch.testing.assert_close(parts["train/policy_loss"], member_sum(expected, batch.valid) / steps)
     plain = ppo.loss(run.policy, batch, hyper, steps)[1]

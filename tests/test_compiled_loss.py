@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -214,6 +215,53 @@ def test_a_forbidden_action_has_no_probability_and_no_entropy():
     assert (found["outputs"][..., 3] == 0).all()
     wanted["outputs"] = torch.where(wanted["outputs"].isnan(), 0.0, wanted["outputs"])
     assert_near(found, wanted)
+
+
+def test_small_probabilities_are_right_relative_to_themselves():
+    """A confident policy has little entropy left, but not none."""
+    case = make_case("five", spread=0.01)
+    case.hyper["ppo.ent_coef"].fill_(1.0)
+    case.hyper["ppo.vf_coef"].zero_()
+    case.batch.advantage.zero_()
+    case.leaves["outputs"].data.copy_(torch.tensor([18.0, 0.0, 1.0, -1.0, 2.0]))
+    found, wanted = case.results(), case.to(torch.float64).results()
+    for name in ("train/entropy", "outputs"):
+        torch.testing.assert_close(found[name].double(), wanted[name], rtol=0.05, atol=0)
+
+
+def test_an_action_beyond_all_measure_leaves_the_deviation_finite():
+    case = make_case("continuous")
+    case.batch.action[1, 2, 3], case.batch.valid[1, 2, 3] = 1e25, True
+    assert all(case.results()[leaf].isfinite().all() for leaf in case.leaves)
+
+
+def test_at_the_very_bound_of_the_clip_range_the_gradient_is_whole(monkeypatch):
+    """On both paths: the ratio is 1, and so are both ends of a range of nothing."""
+    case = make_case("two")
+    case.leaves["outputs"].data.zero_()
+    case.batch.log_prob.fill_(-math.log(2.0))
+    whole = case.results()["outputs"].double()
+    case.hyper["ppo.clip_range"].zero_()
+    for switch in ("1", "0"):
+        monkeypatch.setenv("HARDY_COMPILED", switch)
+        assert_near({"outputs": case.results()["outputs"]}, {"outputs": whole})
+
+
+def test_default_dtype_and_device_of_the_user_change_nothing():
+    case = make_case("continuous", "twins", 2)
+    found = case.results()
+    with torch.device("meta"):
+        elsewhere = case.loss()[0].detach()
+    assert torch.equal(elsewhere, found["loss"])
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = case.results()
+        skipped = trainer(tiny(), [1, 2], dtype=torch.float32).iterate(10_000)["train/skipped_updates"]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert skipped.tolist() == [0, 0]
+    for name, value in found.items():
+        assert torch.equal(again[name], value), name
 
 
 @pytest.mark.parametrize(

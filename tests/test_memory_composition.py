@@ -15,7 +15,7 @@ import hardy.ppo as ppo
 from hardy import DistributionalPPO
 from hardy.checkpoint import load_tensors
 from hardy.envs import make_from
-from hardy.ops.policy_loss import approx_kl
+from hardy.ops.policy_loss import approx_kl, log_ratio
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -37,7 +37,7 @@ class FirstMinibatches:
                 with torch.no_grad():
                     log_prob = policy(batch.obs, batch.initial_state, batch.is_first)[0].log_prob(batch.action)
                 self.ratio.append(float((log_prob - batch.log_prob).expm1().abs().max()))
-                self.kl.append(float(approx_kl(log_prob, batch.log_prob).max()))
+                self.kl.append(float(approx_kl(log_ratio(log_prob, batch.log_prob)).max()))
                 if len(self.kl) == self.count:
                     raise EnoughError
             return loss(policy, batch, *rest)

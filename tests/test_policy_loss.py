@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardy.ops.policy_loss import approx_kl, clip_fraction, clipped_surrogate, explained_variance, normalize_advantage
+from hardy.ops.policy_loss import (
+    approx_kl,
+    beyond_clip,
+    clipped_surrogate,
+    explained_variance,
+    log_ratio,
+    normalize_advantage,
+)
 
 P, T, E = 2, 5, 3
 
@@ -29,7 +36,9 @@ P, T, E = 2, 5, 3
 def test_each_branch(ratio: float, advantage: float, loss: float, slope: float) -> None:
     log_prob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     old = torch.zeros(1, 1, dtype=torch.float64)
-    actual = clipped_surrogate(log_prob, old, torch.full_like(old, advantage), torch.tensor([0.2], dtype=torch.float64))
+    actual = clipped_surrogate(
+        log_ratio(log_prob, old), torch.full_like(old, advantage), torch.tensor([0.2], dtype=torch.float64)
+    )
     assert actual.item() == pytest.approx(loss)
     actual.sum().backward()
     assert log_prob.grad is not None and log_prob.grad.item() == pytest.approx(slope)
@@ -39,7 +48,7 @@ def test_the_old_policy_has_the_policy_gradient() -> None:
     """At ratio 1 the loss is −A and its gradient −A ∇log π, whatever the clip range."""
     log_prob = torch.randn(P, T, E, requires_grad=True)
     advantage = torch.randn(P, T, E)
-    loss = clipped_surrogate(log_prob, log_prob.detach(), advantage, torch.tensor([0.1, 0.3]))
+    loss = clipped_surrogate(log_ratio(log_prob, log_prob.detach()), advantage, torch.tensor([0.1, 0.3]))
     torch.testing.assert_close(loss, -advantage)
     loss.sum().backward()
     torch.testing.assert_close(log_prob.grad, -advantage)
@@ -47,39 +56,38 @@ def test_the_old_policy_has_the_policy_gradient() -> None:
 
 def test_each_member_has_its_own_clip_range() -> None:
     log_prob, old, advantage = torch.full((P, T, E), math.log(2.0)), torch.zeros(P, T, E), torch.ones(P, T, E)
-    loss = clipped_surrogate(log_prob, old, advantage, torch.tensor([0.1, 0.5]))
+    loss = clipped_surrogate(log_ratio(log_prob, old), advantage, torch.tensor([0.1, 0.5]))
     torch.testing.assert_close(loss[:, 0, 0], torch.tensor([-1.1, -1.5]))
 
 
 def test_an_impossible_ratio_leaves_the_clipped_branch_finite() -> None:
     log_prob = torch.tensor([[400.0, 0.0]], requires_grad=True)
-    clipped_surrogate(log_prob, torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([0.2])).sum().backward()
+    clipped_surrogate(log_ratio(log_prob, torch.zeros(1, 2)), torch.ones(1, 2), torch.tensor([0.2])).sum().backward()
     assert log_prob.grad is not None and log_prob.grad.tolist() == [[0.0, -1.0]]
-    assert approx_kl(log_prob, torch.zeros(1, 2)).isfinite().all()
+    assert approx_kl(log_ratio(log_prob, torch.zeros(1, 2))).isfinite().all()
 
 
 def test_approx_kl_is_unbiased() -> None:
     """Averaged over every action with its old probability, it is the KL divergence itself."""
     old, new = torch.randn(1, 7, dtype=torch.float64).log_softmax(-1), torch.randn(1, 7, dtype=torch.float64).log_softmax(-1)
     exact = (old.exp() * (old - new)).sum()
-    torch.testing.assert_close((old.exp() * approx_kl(new, old)).sum(), exact)
+    torch.testing.assert_close((old.exp() * approx_kl(log_ratio(new, old))).sum(), exact)
 
 
 def test_approx_kl_is_zero_only_at_the_old_policy_and_exact_near_it() -> None:
     old = torch.randn(1, 1000) * 10
-    assert approx_kl(old, old).eq(0).all()
+    assert approx_kl(log_ratio(old, old)).eq(0).all()
     near = torch.full((1, 1), 1e-4)
-    assert approx_kl(near, torch.zeros(1, 1)).item() == pytest.approx(0.5e-8, rel=1e-2)
-    assert approx_kl(old + torch.randn(1, 1000) * 1e-4, old).ge(0).all()
+    assert approx_kl(log_ratio(near, torch.zeros(1, 1))).item() == pytest.approx(0.5e-8, rel=1e-2)
+    assert approx_kl(log_ratio(old + torch.randn(1, 1000) * 1e-4, old)).ge(0).all()
 
 
-def test_clip_fraction() -> None:
+def test_where_the_ratio_is_beyond_the_clip_range() -> None:
     log_prob = torch.log(torch.tensor([[1.0, 1.15, 0.7, 1.3], [1.0, 1.15, 0.7, 1.3]]))
     old = torch.zeros(2, 4)
     clip_range = torch.tensor([0.1, 0.25])
-    assert clip_fraction(log_prob, old, clip_range).tolist() == [0.75, 0.5]
-    valid = torch.tensor([[True, True, False, False], [False, False, True, False]])
-    assert clip_fraction(log_prob, old, clip_range, valid).tolist() == [0.5, 1.0]
+    expected = [[False, True, True, True], [False, False, True, True]]
+    assert beyond_clip(log_ratio(log_prob, old), clip_range).tolist() == expected
 
 
 @settings(deadline=None, max_examples=25)

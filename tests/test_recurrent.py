@@ -14,9 +14,9 @@ from replay import captured_on_the_cpu
 
 from hardy.graphs import Captured
 from hardy.nn import compiled, recurrent, stepped
-from hardy.nn.recurrent import StackedRecurrent
+from hardy.nn.recurrent import StackedRecurrent, own_threads
 from hardy.nn.reset_steps import lay_out
-from hardy.parallel import pool, set_threads
+from hardy.parallel import WorkerPool, pool, set_threads
 
 KINDS = ("lstm", "gru")
 
@@ -278,6 +278,27 @@ def test_workers_and_caller_run_pytorch_on_one_thread():
 def test_threads_below_one_are_refused():
     with pytest.raises(ValueError, match="threads = 0"):
         set_threads(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_is_shared_out_to_one_kind_of_threads(kind, path, monkeypatch):
+    """Hardy's, unless PyTorch has several of its own, which would spin on the same cores."""
+    workers = []
+    monkeypatch.setattr(recurrent, "WorkerPool", lambda threads: workers.append(threads) or WorkerPool(threads))
+    module, threads = make(kind, 2, 5, 7, 1), pool().threads
+    given = torch.randn(2, 9, 3, 5), torch.randn(2, 3, module.state_size), torch.zeros(2, 9, 3) > 0
+    for recurrences_own in (True, False):
+        set_threads(threads, recurrent=recurrences_own)
+        workers.clear()
+        module(*given)
+        in_the_caller = path == "torch" or (path == "compiled" and kind == "gru")
+        assert workers == ([1] if in_the_caller and threads > 1 and not recurrences_own else [])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), list(itertools.product(KINDS, (torch.float32, torch.float64))))
+def test_only_pytorchs_lstm_in_one_call_takes_pytorchs_threads(kind, dtype, path):
+    in_one_call = path != "compiled" and kind == "lstm" and dtype is torch.float32 and torch.backends.mkldnn.is_available()
+    assert own_threads(kind, dtype) is not in_one_call
 
 
 @pytest.mark.parametrize(("recurrent", "torch_threads"), [(True, 1), (False, 3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -16,7 +17,13 @@ from hardy.parallel import set_threads
 from hardy.population import MemberGenerators, expand, leaves
 
 P = 3
-SHAPES = {"core.weight": (P, 5, 7), "core.bias": (P, 5), "actor.weight": (P, 2, 5), "critic.weight": (P, 1, 5)}
+SHAPES = {
+    "core.weight": (P, 5, 7),
+    "core.square": (P, 6, 6),
+    "core.bias": (P, 5),
+    "actor.weight": (P, 2, 5),
+    "critic.weight": (P, 1, 5),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +47,7 @@ class Run:
     def __init__(self, **vgs):
         torch.manual_seed(1)
         settings, scaler = OptimizerSettings(lr=0.1, sigma=0.3, max_grad_norm=1.0), VGSSettings(warmup_steps=1, **vgs)
+        self.settings = settings, scaler
         self.weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
         self.optimizer = PopulationOptimizer({name: w.shape for name, w in self.weights.items()}, settings, scaler)
         numbers = {f"optimizer.{k}": v for k, v in tunables(settings).items()}
@@ -69,6 +77,19 @@ def replace(run, field, value):
     setattr(run, field, value)
 
 
+def move(tensors, name):
+    """Another tensor in its place, whose memory is in use only by it."""
+    tensors[name] = torch.full_like(tensors[name], 0.1)
+
+
+def turn(weights, name):
+    weights[name] = weights[name].transpose(1, 2)
+
+
+def replace_options(optimizer):
+    optimizer.options = [option._replace(gating="none") for option in optimizer.options]
+
+
 CHANGES = {
     "nothing": lambda run: None,
     "lr in place": lambda run: run.hyper["optimizer.lr"].mul_(2),
@@ -84,6 +105,13 @@ CHANGES = {
     "a gradient missing": lambda run: run.names.remove("core.bias"),
     "the last gradient missing": lambda run: run.names.remove("critic.weight"),
     "threads": lambda run: set_threads(2),
+    "lr behind PyTorch's back": lambda run: run.hyper["optimizer.lr"].numpy().fill(0.3),
+    "options": lambda run: replace_options(run.optimizer),
+    "a moment elsewhere": lambda run: move(run.state.upgd.first_moment, "core.weight"),
+    "the counts elsewhere": lambda run: replace(run.state.upgd, "step", run.state.upgd.step.clone()),
+    "statistics elsewhere": lambda run: replace(run.state.vgs, "variance", 2 * run.state.vgs.variance),
+    "another part of the state": lambda run: replace(run.state, "upgd", run.optimizer.init(run.weights).upgd),
+    "a weight with other strides": lambda run: turn(run.weights, "core.square"),
 }
 
 
@@ -125,6 +153,74 @@ def test_the_call_is_made_once_for_an_update(made):
     for iteration in (1, 2):
         run.iterate(10_000)
         assert len(made) == (iteration if library.available() else 0)
+
+
+def test_what_the_library_writes_to_is_held():
+    """A state's tensor that was replaced is still there for the call that has its address, until there is a new call."""
+    run = Run()
+    run.step(1)
+    before = weakref.ref(run.state.upgd.utility["core.weight"])
+    move(run.state.upgd.utility, "core.weight")
+    gc.collect()
+    assert before() is not None
+    run.step(2)
+    gc.collect()
+    assert before() is None
+
+
+def test_the_callers_mask_is_not_the_librarys():
+    run, other = Run(), Run()
+    for one in (run, other):
+        one.step(1)
+        mask = one.active
+        one.active = torch.ones(P, dtype=torch.bool)
+        if one is run:
+            mask[1] = False
+        one.step(2)
+    assert_equal(run, other)
+
+
+def test_names_of_the_same_tensor_keep_their_states_apart():
+    run, anew = Run(), Run()
+    for one in (run, anew):
+        one.weights["core.square"] = one.weights["core.weight"] = torch.ones(P, 5, 7)
+        one.optimizer = PopulationOptimizer({k: w.shape for k, w in one.weights.items()}, *one.settings)
+        one.state = one.optimizer.init(one.weights)
+        for name in ("core.weight", "core.square"):
+            if one is anew:
+                one.optimizer._prepared = None
+            torch.manual_seed(1)
+            one.optimizer.step_(one.weights, {name: torch.randn(P, 5, 7)}, one.state, one.hyper, one.noise, one.active)
+    assert_equal(run, anew)
+
+
+def test_hyperparameters_of_inference_mode_do():
+    run, other = Run(), Run()
+    with torch.inference_mode():
+        run.hyper = {name: value.clone() for name, value in run.hyper.items()}
+    for seed in (1, 2):
+        run.step(seed)
+        other.step(seed)
+    assert_equal(run, other)
+
+
+def test_an_optimizer_can_be_copied_between_two_steps():
+    run = Run()
+    run.step(1)
+    other = copy.deepcopy(run)
+    run.step(2)
+    other.step(2)
+    assert_equal(run, other)
+
+
+@pytest.mark.parametrize("keys", [torch.tensor([3, 4, 5], dtype=torch.int32), torch.tensor([3, 9, 4, 9, 5])[::2]], ids=str)
+def test_keys_of_any_kind_draw_the_same_noise(keys):
+    run, other = Run(), Run()
+    run.noise, other.noise = keys, torch.tensor([3, 4, 5])
+    run.step(1)
+    other.step(1)
+    for name, weight in run.weights.items():
+        assert torch.equal(weight, other.weights[name]), name
 
 
 def test_microbatches_are_counted_before_every_step():

@@ -62,10 +62,12 @@ _pool = WorkerPool(1)
 
 
 def set_threads(threads: int, *, recurrent: bool = True) -> None:
-    """Use ``threads`` threads from now on: for the recurrent kernels, or without a memory for PyTorch's own operations.
+    """Use ``threads`` threads from now on: those of the recurrent kernels, or PyTorch's own.
 
-    Not for both: beside a recurrence those operations are small, and PyTorch's idle threads would spin on the very cores that
-    the recurrent kernels need.
+    Not both: PyTorch's idle threads would spin on the very cores that the recurrent kernels need.
+
+    Args:
+        recurrent: there are kernels that use threads of their own (see `hardy.nn.recurrent.own_threads`).
 
     Raises:
         ValueError: ``threads`` is below 1.

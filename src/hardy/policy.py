@@ -109,6 +109,8 @@ class Branch(nn.Module):
 class ActorCritic(nn.Module):
     """Actor-critics of ``len(seeds)`` members. The names of its parameters begin with ``core``, ``actor`` or ``critic``.
 
+    A parameter may be replaced by another of its shape, a submodule not: the policy was laid out from those it was made with.
+
     Args:
         observation_space: a ``Box``; observations are flattened.
         action_space: a ``Discrete`` or a ``Box``.

@@ -20,9 +20,10 @@ from hardy.ops.categorical import follow_
 from hardy.ops.policy_loss import (
     MAX_LOG_RATIO,
     approx_kl,
-    clip_fraction,
+    beyond_clip,
     clipped_surrogate,
     explained_variance,
+    log_ratio,
     normalize_advantage,
 )
 from hardy.ops.returns import gae, sampled_returns
@@ -168,29 +169,23 @@ def loss(
         chosen = under_attack & _first_share(hyper["adversary.adversarial_ratio"], batch.valid.shape[2])
         log_prob = torch.where(chosen, other.log_prob(batch.action), log_prob)
 
-    def average(value: Tensor) -> Tensor:
-        return member_sum(value, batch.valid) / steps
-
-    policy_loss = average(clipped_surrogate(log_prob, batch.log_prob, batch.advantage, hyper["ppo.clip_range"]))
-    value_loss = average(policy.values.loss(critic, batch.targets, batch.critic, hyper["critic.value_clip"]))
-    entropy = average(distribution.entropy())
-    total = policy_loss + hyper["ppo.vf_coef"] * value_loss - hyper["ppo.ent_coef"] * entropy
-    robust_kl = None
+    ratio = log_ratio(log_prob, batch.log_prob)
+    policy_loss = clipped_surrogate(ratio, batch.advantage, hyper["ppo.clip_range"])
+    value_loss = policy.values.loss(critic, batch.targets, batch.critic, hyper["critic.value_clip"])
+    entropy = distribution.entropy()
+    each = torch.addcmul(policy_loss, per_member(hyper["ppo.vf_coef"], 3), value_loss)
+    each = torch.addcmul(each, per_member(hyper["ppo.ent_coef"], 3), entropy, value=-1)
+    parts = {"train/policy_loss": policy_loss, "train/value_loss": value_loss, "train/entropy": entropy}
     if attacked is not None:
-        robust_kl = average(torch.where(under_attack, distribution.kl(other), 0.0))
-        total = total + hyper["adversary.robust_kl_coef"] * robust_kl
-    with torch.no_grad():
-        share = member_sum(batch.valid.to(steps.dtype)) / steps
-        parts = {
-            "train/policy_loss": policy_loss.detach(),
-            "train/value_loss": value_loss.detach(),
-            "train/entropy": entropy.detach(),
-            "train/approx_kl": average(approx_kl(log_prob, batch.log_prob)),
-            "train/clip_fraction": share * clip_fraction(log_prob, batch.log_prob, hyper["ppo.clip_range"], batch.valid),
-        }
-        if robust_kl is not None:
-            parts["adversary/robust_kl"] = robust_kl.detach()
-    return total, parts
+        robust_kl = torch.where(under_attack, distribution.kl(other), 0.0)
+        each = torch.addcmul(each, per_member(hyper["adversary.robust_kl_coef"], 3), robust_kl)
+        parts["adversary/robust_kl"] = robust_kl
+    parts["train/approx_kl"] = approx_kl(ratio)
+    parts["train/clip_fraction"] = beyond_clip(ratio, hyper["ppo.clip_range"]).to(each.dtype)
+    with torch.no_grad():  # all at once: at this size the number of calls is what counts
+        sums = torch.where(batch.valid, torch.stack(list(parts.values())), 0.0).flatten(2).sum(2)
+        averages = dict(zip(parts, (sums / steps).unbind(), strict=True))
+    return member_sum(each, batch.valid) / steps, averages
 
 
 def _compiled_loss(

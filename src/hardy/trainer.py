@@ -20,6 +20,7 @@ from hardy.config import tunables
 from hardy.device_rollout import DeviceCollector
 from hardy.envs import BatchedEnv, Drift, TensorEnv, make
 from hardy.nn.normalizer import ReturnNormalizer, RunningMoments
+from hardy.nn.recurrent import own_threads
 from hardy.ops.plasticity import dormant_fraction, effective_rank
 from hardy.ops.risk import Objective, RiskState
 from hardy.optim import OptimizerState, PopulationOptimizer
@@ -108,7 +109,8 @@ class Trainer:
         self.drift_seeds = settings.drift_seeds if seeds is None else self.seeds
         """Of members that are given their own seeds, each one's world changes in its own way."""
         self.iteration = 0
-        set_threads(settings.threads or available_cores(), recurrent=settings.policy.memory != "none")
+        memory = settings.policy.memory
+        set_threads(settings.threads or available_cores(), recurrent=memory != "none" and own_threads(memory, dtype))
         members = len(self.seeds)
         self.env = make(settings.env, self.seeds, drift_seeds=self.drift_seeds, device=settings.device) if env is None else env
         self.policy = ActorCritic(

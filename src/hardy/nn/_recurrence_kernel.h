@@ -23,9 +23,9 @@ inline void store(float* to, Vector value, int64_t count) {
         std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
 }
 
-// e^x - 1 = 2^n (e^r - 1) + (2^n - 1) with x = n ln 2 + r, |r| <= ln 2 / 2, where Taylor's polynomial of degree 7 suffices.
-// Nothing cancels around zero. Written so that a comparison with NaN keeps NaN.
-inline Vector exp_minus_one(Vector x, Vector& power) {
+// e^r - 1 and 2^n with x = n ln 2 + r, |r| <= ln 2 / 2, where Taylor's polynomial of degree 7 suffices. Written so that a
+// comparison with NaN keeps NaN.
+inline Vector reduced_power(Vector x, Vector& power) {
     const Vector zero = {};
     x = x < zero - 87.0f ? zero - 87.0f : x;
     x = x > zero + 87.0f ? zero + 87.0f : x;
@@ -40,6 +40,12 @@ inline Vector exp_minus_one(Vector x, Vector& power) {
     sum = sum * r + 0.5f;
     sum = sum * (r * r) + r;
     power = (Vector)(((Integers)shifted << 23) + 0x3f800000);
+    return sum;
+}
+
+// e^x - 1 = 2^n (e^r - 1) + (2^n - 1): nothing cancels around zero.
+inline Vector exp_minus_one(Vector x, Vector& power) {
+    const Vector sum = reduced_power(x, power);
     return power * sum + (power - 1.0f);
 }
 

@@ -1,6 +1,13 @@
 // PPO's loss of one member and its gradients, as `hardy.ppo.loss` without an adversary, for one instruction set. Included beside
 // `_recurrence_kernel.h`. Every lane is a step: steps are independent of one another up to the sums.
 
+// e^x, to rounding relative to itself; 0 where it would be next to the smallest number.
+inline Vector exponential(Vector x) {
+    Vector power;
+    const Vector sum = reduced_power(x, power), zero = {};
+    return x < zero - 87.0f ? zero : power * sum + power;
+}
+
 inline Vector absolute(Vector x) { return x < 0.0f ? -x : x; }
 
 // Column j of rows first .. of a matrix with so many columns; 0 in the lanes behind the last row.
@@ -54,15 +61,14 @@ inline void choices(const Loss& loss, int64_t member, const Steps& steps, Vector
     const int64_t A = loss.actions, at = member * loss.rows;
     const float* const logits = loss.actor + at * A;
     const Vector zero = {};
-    Vector largest = column(logits, steps.first, steps.count, A, 0), total = {}, power;
+    Vector largest = column(logits, steps.first, steps.count, A, 0), total = {};
     for (int64_t j = 0; j < A; ++j) {
         log_probs[j] = column(logits, steps.first, steps.count, A, j);
         largest = log_probs[j] > largest ? log_probs[j] : largest;
     }
     for (int64_t j = 0; j < A; ++j) {
         log_probs[j] -= largest;
-        const Vector weight = exp_minus_one(log_probs[j], power) + 1.0f;
-        total += log_probs[j] < zero - 87.0f ? zero : weight;
+        total += exponential(log_probs[j]);
     }
     for (int lane = 0; lane < LANES; ++lane) total[lane] = __builtin_logf(total[lane]);
     Integers choice = {};
@@ -71,13 +77,12 @@ inline void choices(const Loss& loss, int64_t member, const Steps& steps, Vector
     for (int64_t j = 0; j < A; ++j) {
         log_probs[j] -= total;
         chosen = choice == static_cast<int32_t>(j) ? log_probs[j] : chosen;
-        const Vector probability = exp_minus_one(log_probs[j], power) + 1.0f;
-        entropy -= log_probs[j] < zero - 87.0f ? zero : probability * log_probs[j];
+        entropy -= log_probs[j] < zero - 87.0f ? zero : exponential(log_probs[j]) * log_probs[j];
     }
     parts[2] += steps.sum(entropy);
     const Vector by_log_prob = surrogate(loss, member, steps, chosen, parts), one = zero + 1.0f;
     for (int64_t j = 0; j < A; ++j) {
-        const Vector probability = log_probs[j] < zero - 87.0f ? zero : exp_minus_one(log_probs[j], power) + 1.0f;
+        const Vector probability = exponential(log_probs[j]);
         const Vector of_chosen = (choice == static_cast<int32_t>(j) ? one : zero) - probability;
         const Vector of_entropy = log_probs[j] < zero - 87.0f ? zero : probability * (log_probs[j] + entropy);
         const Vector gradient = by_log_prob * of_chosen + loss.entropy_weight[member] * of_entropy;
@@ -105,7 +110,9 @@ inline void actions(const Loss& loss, int64_t member, const Steps& steps, double
     for (int64_t j = 0; j < A; ++j) {
         const Vector z = standard(j), gradient = by_log_prob * z * loss.precision[member * A + j];
         store_column(loss.grad_actor + at, steps.first, steps.count, A, j, steps.masked(gradient / loss.steps[member]));
-        of_log_std[j] += steps.sum(by_log_prob * (z * z - 1.0f) - loss.entropy_weight[member]);
+        // A ratio of 0 has no gradient, however far the action is.
+        const Vector pull = by_log_prob == Vector{} ? by_log_prob : by_log_prob * (z * z - 1.0f);
+        of_log_std[j] += steps.sum(pull - loss.entropy_weight[member]);
     }
 }
 

@@ -84,7 +84,7 @@ def lstm_layer(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         output: Tensor = _Layer.apply(places, threads, level, *tensors)  # type: ignore[no-untyped-call]  # not annotated
         return output
-    return LSTMCall(places, threads, level, tensors).forward(torch.empty)[0]
+    return LSTMCall(places, threads, level, tensors).forward(empty)[0]
 
 
 def _check_shapes(inputs: Tensor, state: Tensor, is_first: Tensor, layer: int, weights: Sequence[Tensor]) -> None:
@@ -110,7 +110,12 @@ def _check_shapes(inputs: Tensor, state: Tensor, is_first: Tensor, layer: int, w
 
 
 Empty = Callable[..., Tensor]
-"""A shape to a tensor of float32 that holds any numbers, as `torch.empty`."""
+"""A shape to a tensor of float32 that holds any numbers, as `empty`."""
+
+
+def empty(*shape: int) -> Tensor:
+    """What the library can write to, whatever the user's default dtype and device."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 class LSTMCall:
@@ -182,7 +187,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, places: tuple[int, int], threads: int, level: int, *tensors: Tensor) -> Tensor:
         ctx.places, ctx.threads, ctx.level = places, threads, level
-        output, gates, cell = LSTMCall(places, threads, level, tensors).forward(torch.empty)
+        output, gates, cell = LSTMCall(places, threads, level, tensors).forward(empty)
         ctx.save_for_backward(*tensors, output, gates, cell)
         return output
 
@@ -192,5 +197,5 @@ class _Layer(torch.autograd.Function):
         *tensors, output, gates, cell = ctx.saved_tensors
         grad_x = torch.empty_like(tensors[0]) if ctx.needs_input_grad[3] else None
         call = LSTMCall(ctx.places, ctx.threads, ctx.level, tensors)
-        grads = call.backward((output, gates, cell), grad_outputs[0].contiguous(), torch.empty, grad_x)
+        grads = call.backward((output, gates, cell), grad_outputs[0].contiguous(), empty, grad_x)
         return (None, None, None, grad_x, None, None, *grads)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.nn.compiled import empty
 
 VERSION = 1
 """Of `_Loss`; a library built from sources of another version is not used."""
@@ -95,14 +96,14 @@ class Given:
 
 
 def supports(outputs: Tensor, critic: Tensor, log_std: Tensor | None, given: Given) -> bool:
-    """Whether the library can be used: float32 (choices int64) on the CPU."""
+    """Whether the library can be used: float32 (choices int64, ``valid`` bool) on the CPU."""
     others = (getattr(given, field.name) for field in dataclasses.fields(given) if field.name not in ("action", "valid"))
     wanted = torch.int64 if log_std is None else torch.float32
     return (
         available()
         and all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in (outputs, critic, *others))
-        and (log_std is None or log_std.dtype is torch.float32)
-        and given.action.dtype is wanted
+        and (log_std is None or (log_std.dtype is torch.float32 and log_std.is_cpu))
+        and (given.action.dtype, given.valid.dtype) == (wanted, torch.bool)
     )
 
 
@@ -164,11 +165,11 @@ class _PPOLoss(torch.autograd.Function):
             "target": given.targets, "valid": given.valid, "clip_range": given.clip_range, "value_weight": given.vf_coef,
             "entropy_weight": given.ent_coef, "steps": given.steps, "choices" if log_std is None else "action": given.action,
         }  # fmt: skip
-        written = {"grad_actor": torch.empty(outputs.shape), "grad_critic": torch.empty(critic.shape)}
+        written = {"grad_actor": empty(*outputs.shape), "grad_critic": empty(*critic.shape)}
         if log_std is not None:
             read |= {"log_std": log_std, "precision": (-log_std).exp()}
-            written["grad_log_std"] = torch.empty(log_std.shape)
-        parts = torch.empty(members, len(Parts._fields), dtype=torch.float64)
+            written["grad_log_std"] = empty(*log_std.shape)
+        parts = torch.empty(members, len(Parts._fields), dtype=torch.float64, device="cpu")
         used = {name: tensor.contiguous() for name, tensor in read.items()} | written | {"parts": parts}
         problem = _Loss(
             *(members, rows, actions, options.critics, critic.shape[3] // options.critics, given.targets.shape[3]),

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
-from hardy.nn.compiled import LSTMCall
+from hardy.nn.compiled import LSTMCall, empty
 from hardy.nn.compiled_step import KINDS
 from hardy.nn.linear import StackedLinear
 from hardy.nn.packed_step import OBSERVATION, Layers
@@ -73,11 +73,11 @@ class Loan:
         self._borrowed: list[Tensor] = []
 
     def empty(self, *shape: int) -> Tensor:
-        """A float32 tensor of any numbers, as `torch.empty`."""
+        """A float32 tensor of any numbers, as `hardy.nn.compiled.empty`."""
         try:
             tensor = self._free[shape].pop()
         except (KeyError, IndexError):  # asked for like this, since another thread may take the last
-            tensor = torch.empty(shape, dtype=torch.float32)
+            tensor = empty(*shape)
         self._borrowed.append(tensor)
         return tensor
 
@@ -281,7 +281,7 @@ class _Sequence(torch.autograd.Function):
             call = layer.prepare(given, inputs, own)
             if place in sequence.results:
                 # The caller's, so not lent; nor held here, where the result would hold its own graph. Nothing is above it.
-                (results[place],) = call.forward(torch.empty)
+                (results[place],) = call.forward(empty)
                 made.append(())
             else:
                 made.append(call.forward(ctx.loan.empty))

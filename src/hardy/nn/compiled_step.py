@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.nn.compiled import empty
 from hardy.nn.linear import StackedLinear
 from hardy.nn.normalizer import FrozenNormalizer
 from hardy.nn.packed_step import Act, PolicyStep
@@ -193,7 +194,7 @@ class _CompiledAct:
         if isinstance(normalize, FrozenNormalizer):
             members, envs, size = step._shapes[0]
             self._before = None
-            self._held = [normalize.mean.contiguous(), normalize.inverse.contiguous(), torch.empty(members, envs, size)]
+            self._held = [normalize.mean.contiguous(), normalize.inverse.contiguous(), empty(members, envs, size)]
             for tensor in self._held[:2]:
                 _require("normalize", tensor, (members, size), torch.float64)
             network.mean, network.inverse, network.normalized = (tensor.data_ptr() for tensor in self._held)
@@ -212,7 +213,7 @@ class _CompiledAct:
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"], noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _require("noise", noise, self._shape, torch.float32)
-        drawn, noise = torch.empty(self._shape, dtype=self._dtype), noise.contiguous()
+        drawn, noise = torch.empty(self._shape, dtype=self._dtype, device="cpu"), noise.contiguous()
         self._network.noise = noise.data_ptr()
         setattr(self._network, self._drawn, drawn.data_ptr())
         obs = obs if self._before is None else self._before(obs)

@@ -88,8 +88,8 @@ class Categorical(ActionDistribution):
 
     def entropy(self) -> Float[Tensor, "..."]:
         """Entropy ``[...]``, from 0 to log A; forbidden actions contribute 0."""
-        probs = self.log_probs.exp()
-        return -(probs * torch.where(probs > 0, self.log_probs, 0.0)).sum(-1)
+        # Forbidden actions' logarithms become finite, for 0 · inf is NaN.
+        return -(self.log_probs.exp() * self.log_probs.clamp(min=torch.finfo(self.log_probs.dtype).min)).sum(-1)
 
     def kl(self, other: ActionDistribution) -> Float[Tensor, "..."]:
         """KL(self ‖ other) ``[...]``; actions that self forbids contribute 0."""

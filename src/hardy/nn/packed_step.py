@@ -8,8 +8,8 @@ weights are transposed beforehand, and the three gates with a sigmoid lie side b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,8 +23,6 @@ OBSERVATION = -1
 _SIGMOIDS_FIRST = (0, 1, 3, 2)
 """Input, forget and output gate, then the candidate."""
 
-Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Input, state before and state after the step (written by LSTM cells) to output."""
 Act = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 """Observation as it comes ``[P, E, O]``, state, ``is_first``, the action's noise to the action and a `PolicyStep`'s results."""
 
@@ -66,27 +64,21 @@ class PackedStep(PolicyStep):
     """By PyTorch's operations, without gradients; a layer has the weights of the moment it was added."""
 
     def __init__(self) -> None:
-        self._layers: list[tuple[int, Layer]] = []
+        self._layers: list[tuple[int, _Linear | _LSTM]] = []
         self._results: list[int] = []
+        self._room: _Room | None = None
 
     def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
-        weight, bias = _packed(linear.weight), linear.bias.detach().unsqueeze(1).clone()
         bend = None if activation == "linear" else ACTIVATIONS[activation]
-
-        def layer(inputs: Tensor, before: Tensor, after: Tensor) -> Tensor:
-            outputs = torch.baddbmm(bias, inputs, weight)
-            return outputs if bend is None else bend(outputs)
-
-        return self._add(source, layer)
+        return self._add(source, _Linear(_packed(linear.weight), linear.bias.detach().unsqueeze(1).clone(), bend))
 
     def add_lstm(self, source: int, memory: StackedRecurrent, state_at: int) -> int:
         for layer in range(memory.layers):
             begins = (state_at + vector * memory.hidden_size for vector in (layer, memory.layers + layer))
-            hidden, cell = (slice(begin, begin + memory.hidden_size) for begin in begins)
-            source = self._add(source, _lstm(memory.layer_weights(layer), hidden, cell))
+            source = self._add(source, _LSTM.packed(memory.layer_weights(layer), *begins))
         return source
 
-    def _add(self, source: int, layer: Layer) -> int:
+    def _add(self, source: int, layer: _Linear | _LSTM) -> int:
         self._layers.append((source, layer))
         return len(self._layers) - 1
 
@@ -98,30 +90,86 @@ class PackedStep(PolicyStep):
     def __call__(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
     ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
-        before, after = state.masked_fill(is_first.unsqueeze(-1), 0.0), torch.empty_like(state)
+        if self._room is None or self._room.state.shape != state.shape:
+            self._room = _Room(state, [layer for _, layer in self._layers])
+        room = self._room
+        room.state.copy_(state).masked_fill_(is_first.unsqueeze(-1), 0.0)
         outputs: list[Tensor] = []
-        for source, layer in self._layers:
-            outputs.append(layer(obs if source == OBSERVATION else outputs[source], before, after))
+        for (source, layer), vectors in zip(self._layers, room.vectors, strict=True):
+            inputs = obs if source == OBSERVATION else outputs[source]
+            outputs.append(layer(inputs) if isinstance(layer, _Linear) else layer(inputs, *vectors))
         actor, *critics = (outputs[index] for index in self._results)
-        return actor, critics[0] if len(critics) == 1 else torch.cat(critics, dim=-1), after
+        return actor, critics[0] if len(critics) == 1 else torch.cat(critics, dim=-1), room.state.clone()
+
+
+class _Linear(NamedTuple):
+    weight: Float[Tensor, "P I O"]
+    bias: Float[Tensor, "P 1 O"]
+    bend: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, inputs: Float[Tensor, "P E I"]) -> Float[Tensor, "P E O"]:
+        outputs = torch.baddbmm(self.bias, inputs, self.weight)
+        return outputs if self.bend is None else self.bend(outputs)
+
+
+class _LSTM(NamedTuple):
+    """A layer of cells; G is the four gates, those with a sigmoid first."""
+
+    from_input: Float[Tensor, "P I G"]
+    from_hidden: Float[Tensor, "P H G"]
+    bias: Float[Tensor, "P 1 G"]
+    hidden_at: int
+    cell_at: int
+
+    @classmethod
+    def packed(cls, weights: tuple[Tensor, Tensor, Tensor, Tensor], hidden_at: int, cell_at: int) -> Self:
+        size, order = weights[1].shape[-1], list(_SIGMOIDS_FIRST)
+        weight_ih, weight_hh, bias_ih, bias_hh = (w.detach().unflatten(1, (4, size))[:, order].flatten(1, 2) for w in weights)
+        return cls(_packed(weight_ih), _packed(weight_hh), (bias_ih + bias_hh).unsqueeze(1), hidden_at, cell_at)
+
+    def __call__(self, inputs: Float[Tensor, "P E I"], hidden: Tensor, cell: Tensor, gates: _Gates) -> Float[Tensor, "P E H"]:
+        """A step; the cells' two vectors ``[P, E, H]`` are overwritten."""
+        torch.baddbmm(self.bias, inputs, self.from_input, out=gates.all).baddbmm_(hidden, self.from_hidden)
+        gates.sigmoids.sigmoid_()
+        gates.candidate.tanh_()
+        cell.mul_(gates.forget).addcmul_(gates.enter, gates.candidate)
+        output = torch.tanh(cell).mul_(gates.leave)
+        hidden.copy_(output)
+        return output
+
+
+class _Gates(NamedTuple):
+    """Room for one layer's gates ``[P, E, G]``, and where each lies in it: slices in every step would cost as much as gates."""
+
+    all: Tensor
+    sigmoids: Tensor
+    enter: Tensor
+    forget: Tensor
+    leave: Tensor
+    candidate: Tensor
+
+
+class _Room:
+    """What the steps of so many environments write to, made once.
+
+    Attributes:
+        state: ``[P, E, S]`` before the step, and behind each layer after it.
+        vectors: for each layer of cells its hidden vectors, its cells and its gates; nothing for the others.
+    """
+
+    def __init__(self, like: Float[Tensor, "P E S"], layers: Sequence[_Linear | _LSTM]) -> None:
+        self.state = torch.empty_like(like)
+        self.vectors: list[tuple[Any, ...]] = []
+        for layer in layers:
+            if isinstance(layer, _Linear):
+                self.vectors.append(())
+                continue
+            size = layer.from_hidden.shape[1]
+            gates = like.new_empty(*like.shape[:2], 4 * size)
+            parts = _Gates(gates, gates[..., : 3 * size], *gates.chunk(4, dim=-1))
+            places = (self.state[..., at : at + size] for at in (layer.hidden_at, layer.cell_at))
+            self.vectors.append((*places, parts))
 
 
 def _packed(weight: Float[Tensor, "P O I"]) -> Float[Tensor, "P I O"]:
     return weight.detach().mT.contiguous()
-
-
-def _lstm(weights: tuple[Tensor, Tensor, Tensor, Tensor], hidden: slice, cell: slice) -> Layer:
-    size = hidden.stop - hidden.start
-    order = list(_SIGMOIDS_FIRST)
-    weight_ih, weight_hh, bias_ih, bias_hh = (w.detach().unflatten(1, (4, size))[:, order].flatten(1, 2) for w in weights)
-    from_input, from_hidden, bias = _packed(weight_ih), _packed(weight_hh), (bias_ih + bias_hh).unsqueeze(1)
-
-    def layer(inputs: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        gates = torch.baddbmm(bias, inputs, from_input).baddbmm_(before[..., hidden], from_hidden)
-        gates[..., : 3 * size].sigmoid_()
-        gates[..., 3 * size :].tanh_()
-        enter, forget, leave, candidate = gates.chunk(4, dim=-1)
-        following = torch.mul(forget, before[..., cell], out=after[..., cell]).addcmul_(enter, candidate)
-        return torch.mul(leave, following.tanh(), out=after[..., hidden])
-
-    return layer

@@ -2,8 +2,8 @@
 
 One step (`StackedRecurrent.step`) runs the whole population on the stacked axis. On a CUDA device so does a sequence
 (`StackedRecurrent.forward`), step by step (see `hardy.nn.stepped`) or, the LSTM, in a kernel (see `hardy.nn.lstm_choice`). On
-the CPU members and parts of the environments run in threads: the LSTM in float32 through Hardy's compiled library where there
-is one (see `hardy.nn.compiled`), everything else through PyTorch's fused kernels (see `hardy.nn.reset_steps`).
+the CPU the LSTM in float32 runs through Hardy's compiled library where there is one (see `hardy.nn.compiled`), everything else
+through PyTorch's fused kernels (see `hardy.nn.reset_steps`), whose threads `own_threads` chooses.
 
 The recurrent state of one environment is one vector of ``state_size`` numbers: the hidden vectors of all layers, then,
 for the LSTM, the cell vectors. Zero is the initial state.
@@ -31,6 +31,14 @@ STEPPED = ("cuda",)
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 WORTH_THREADS = 200_000_000
 """Multiplications of a forward pass, of all members and layers, below which Python threads cost more than they give."""
+
+
+def own_threads(kind: CellKind, dtype: torch.dtype) -> bool:
+    """Whether sequences on the CPU are shared out to threads of Hardy's, rather than each kernel to PyTorch's.
+
+    PyTorch's GRU is a call for every step, and so is its LSTM where oneDNN has none: too small to be shared out.
+    """
+    return kind == "gru" or dtype is not torch.float32 or compiled.available() or not torch.backends.mkldnn.is_available()
 
 
 class StackedRecurrent(nn.Module):
@@ -144,7 +152,7 @@ class StackedRecurrent(nn.Module):
         if spoiled is not None:
             inputs, state = torch.nan_to_num(inputs, posinf=0, neginf=0), torch.nan_to_num(state, posinf=0, neginf=0)
         work = is_first[0].numel() * sum(weight.numel() for weight in weights)
-        workers = pool() if work >= WORTH_THREADS else WorkerPool(1)
+        workers = pool() if work >= WORTH_THREADS and torch.get_num_threads() == 1 else WorkerPool(1)
         tasks = _plan_tasks(is_first, workers.threads, inputs.device)
         parts = state.detach().masked_fill(is_first[:, 0].unsqueeze(-1), 0.0).split(self.hidden_size, dim=-1)
         output = inputs
@@ -162,7 +170,7 @@ def _spoiled(
 
     What is not finite counts as NaN there. That it costs the member its update, the gradients of the heads show.
     """
-    if bool(inputs.sum().isfinite()) and bool(state.sum().isfinite()):
+    if math.isfinite(float(inputs.detach().sum()) + float(state.detach().sum())):
         return None
     bad, spoiled = ~inputs.isfinite().all(-1), ~state.isfinite().all(-1)
     steps = []

@@ -12,46 +12,44 @@ MAX_LOG_RATIO = 50.0
 """Far beyond any meaningful ratio; keeps exp finite in float32, for 0 · inf in the clipped branch's gradient is NaN."""
 
 
-def _ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:
-    return (log_prob - old_log_prob).clamp(max=MAX_LOG_RATIO).exp()
+def log_ratio(log_prob: Float[Tensor, "P *batch"], old_log_prob: Float[Tensor, "P *batch"]) -> Float[Tensor, "P *batch"]:
+    """Logarithm of the ratio r of an action's new to its old probability, at most `MAX_LOG_RATIO`."""
+    return (log_prob - old_log_prob).clamp(max=MAX_LOG_RATIO)
 
 
 def clipped_surrogate(
-    log_prob: Float[Tensor, "P *batch"],
-    old_log_prob: Float[Tensor, "P *batch"],
-    advantage: Float[Tensor, "P *batch"],
-    clip_range: Float[Tensor, "P"],
+    log_ratio: Float[Tensor, "P *batch"], advantage: Float[Tensor, "P *batch"], clip_range: Float[Tensor, "P"]
 ) -> Float[Tensor, "P *batch"]:
     """Negative clipped surrogate objective, elementwise (Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
-    With the ratio ``r = exp(log_prob − old_log_prob)``: ``−min(r·A, clip(r, 1 − clip_range, 1 + clip_range)·A)``.
+    That is ``−min(r·A, clip(r, 1 − clip_range, 1 + clip_range)·A)``.
+
+    Args:
+        log_ratio: as `log_ratio` gives it.
+        advantage: A, without gradient.
+        clip_range: how far from 1 the ratio may gain anything.
     """
-    ratio = _ratio(log_prob, old_log_prob)
-    clip = per_member(clip_range, ratio.ndim)
-    clipped = torch.minimum(torch.maximum(ratio, 1 - clip), 1 + clip)
-    return -torch.minimum(ratio * advantage, clipped * advantage)
+    clip = per_member(clip_range, advantage.ndim)
+    # Above the range only a positive advantage is clipped, below it only a negative one: one clamp instead of two products
+    # and the lesser of them, whose gradients are the longest part of a small loss.
+    rises = advantage > 0
+    lowest, highest = torch.where(rises, -torch.inf, 1 - clip), torch.where(rises, 1 + clip, torch.inf)
+    return -(log_ratio.exp().clamp(lowest, highest) * advantage)
 
 
 @torch.no_grad()
-def approx_kl(log_prob: Float[Tensor, "P *batch"], old_log_prob: Float[Tensor, "P *batch"]) -> Float[Tensor, "P *batch"]:
+def approx_kl(log_ratio: Float[Tensor, "P *batch"]) -> Float[Tensor, "P *batch"]:
     """Elementwise estimate ``(r − 1) − log r ≥ 0`` in nats, whose mean over the old policy's actions is KL(old ‖ new).
 
     Unbiased, with a smaller variance than ``−log r``: the k3 estimator (Schulman 2020, "Approximating KL Divergence").
     """
-    log_ratio = (log_prob - old_log_prob).clamp(max=MAX_LOG_RATIO)
     return log_ratio.expm1() - log_ratio
 
 
 @torch.no_grad()
-def clip_fraction(
-    log_prob: Float[Tensor, "P *batch"],
-    old_log_prob: Float[Tensor, "P *batch"],
-    clip_range: Float[Tensor, "P"],
-    valid: Bool[Tensor, "P *batch"] | None = None,
-) -> Float[Tensor, "P"]:
-    """Fraction of each member's valid entries whose ratio lies outside ``1 ± clip_range``."""
-    distance = (_ratio(log_prob, old_log_prob) - 1).abs()
-    return member_mean((distance > per_member(clip_range, distance.ndim)).to(log_prob.dtype), valid)
+def beyond_clip(log_ratio: Float[Tensor, "P *batch"], clip_range: Float[Tensor, "P"]) -> Bool[Tensor, "P *batch"]:
+    """Where the ratio lies outside ``1 ± clip_range``."""
+    return (log_ratio.exp() - 1).abs() > per_member(clip_range, log_ratio.ndim)
 
 
 @torch.no_grad()

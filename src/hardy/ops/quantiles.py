@@ -7,6 +7,7 @@ import functools
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from hardy.population import per_member
 
@@ -55,21 +56,21 @@ def quantile_huber_loss(
     elif target.shape[:-1] != quantiles.shape[:-1]:
         batch = tuple(quantiles.shape[:-1])
         raise ValueError(f"target has shape {tuple(target.shape)}: allowed are {batch} and {(*batch, 'K')}")
-    error = target.unsqueeze(-1) - quantiles.unsqueeze(-2)
+    wanted, predicted = torch.broadcast_tensors(target.unsqueeze(-1), quantiles.unsqueeze(-2))
     below, above = _weights(quantiles.shape[-1], quantiles.dtype, quantiles.device)
-    weight = torch.where(error < 0, below, above)
-    return (weight * _scaled_huber(error, kappa)).mean((-2, -1))
+    weight = torch.where(wanted < predicted, below, above)
+    return (weight * _scaled_huber(wanted, predicted, kappa)).mean((-2, -1))
 
 
-def _scaled_huber(error: Tensor, kappa: float | Tensor) -> Tensor:
+def _scaled_huber(wanted: Tensor, predicted: Tensor, kappa: float | Tensor) -> Tensor:
     """``Huber_κ(error) / κ``, and its limit ``|error|`` at κ = 0."""
-    size = error.abs()
-    if not isinstance(kappa, Tensor):  # the usual case, and a third of the operations
-        if kappa <= 0:
-            return size
-        inside = size.clamp(max=kappa)
-        return inside * (size - 0.5 * inside) / kappa
-    width = per_member(kappa.to(error), error.ndim) if kappa.ndim == 1 else kappa.to(error)
+    if not isinstance(kappa, Tensor) and kappa > 0:  # the usual case, in one operation
+        loss = functional.huber_loss(predicted, wanted, reduction="none", delta=kappa)
+        return loss if kappa == 1 else loss / kappa
+    size = (wanted - predicted).abs()
+    if not isinstance(kappa, Tensor):
+        return size
+    width = per_member(kappa.to(size), size.ndim) if kappa.ndim == 1 else kappa.to(size)
     inside = torch.minimum(size, width)
     positive = width > 0
     return torch.where(positive, inside * (size - 0.5 * inside) / torch.where(positive, width, 1.0), size)

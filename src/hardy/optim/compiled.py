@@ -174,7 +174,8 @@ class Call:
         problem, count = self._problem, self._problem.tensors
         contiguous = [gradient.contiguous() for gradient in gradients]
         self._table[:count] = array("q", [gradient.data_ptr() for gradient in contiguous])
-        keys = torch.zeros(problem.members, dtype=torch.int64) if self._draw is None else self._draw()
+        drawn = torch.zeros(problem.members, dtype=torch.int64) if self._draw is None else self._draw()
+        keys = drawn.to(torch.int64).contiguous()
         problem.keys = keys.data_ptr()
         library = _library()
         assert library is not None

@@ -70,12 +70,20 @@ def _fill_in_slices(rows: Float[Tensor, "P rows 2 lanes"], keys: Int[Tensor, "P"
             box_muller(split_mix_of_products(part, key), out)
 
 
-@functools.lru_cache(maxsize=2)
 def _products(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "rows lanes"]:
     """Those of each tensor's counters; the same in every step."""
+    return (_recent_products if device.type == "cpu" else _kept_products)(counts, device)
+
+
+def _make_products(counts: tuple[int, ...], device: torch.device) -> Int[Tensor, "rows lanes"]:
     starts = [k << _TENSOR for k in range(len(counts))]
     counters = [torch.arange(start, start + count, device=device) for start, count in zip(starts, counts, strict=True)]
     return products(torch.cat(counters)).view(-1, _LANES)
+
+
+_recent_products = functools.lru_cache(maxsize=2)(_make_products)
+_kept_products = functools.cache(_make_products)
+"""On a device, where a captured graph goes on reading these addresses, none is ever dropped."""
 
 
 def box_muller(bits: Int[Tensor, "*rows lanes"], out: Float[Tensor, "*rows 2 lanes"]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,42 +40,56 @@ class OptimizerState:
     vgs: variance.VGSState | None = nested()
 
 
-@dataclasses.dataclass
+class _Given(NamedTuple):
+    """What a step is given."""
+
+    names: list[str]
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    state: OptimizerState
+    numbers: Float[Tensor, "N P"]
+    noise: MemberGenerators | Int[Tensor, "P"]
+    active: Bool[Tensor, "P"]
+
+
 class _Prepared:
     """A step and, where the compiled library takes it, its call: for the next one too, while nothing but the gradients changes.
 
-    Everything it was made for is held here, so that what comes to stand at the same address is the same.
+    Every tensor that the call has the address of is held here, so that what comes to stand at the same address is the same.
+
+    Args:
+        repeats: whether the call may be taken again.
     """
 
-    step: Step
-    call: compiled.Call | None
-    state: OptimizerState
-    numbers: list[Tensor]
-    noise: MemberGenerators | Tensor
-    active: Tensor
-    threads: int
+    def __init__(
+        self, step: Step, call: compiled.Call | None, given: _Given, options: list[TensorOptions], threads: int, repeats: bool
+    ) -> None:
+        self.step, self.call, self.repeats = step, call, repeats
+        self._given = given._replace(gradients=[])  # of this step's, none is kept for the next one
+        self._tensors = _tensors(given.state)
+        self._options, self._threads = options, threads
 
-    def __post_init__(self) -> None:
-        self.versions = [number._version for number in self.numbers]
-        self.active = self.active.clone()
-
-    def fits(
-        self, weights: list[Tensor], gradients: list[Tensor], state: OptimizerState, numbers: list[Tensor],
-        noise: MemberGenerators | Tensor, active: Tensor,
-    ) -> bool:  # fmt: skip
+    def fits(self, given: _Given, options: list[TensorOptions]) -> bool:
         """Whether a step with these is this one but for its gradients."""
+        mine, tensors = self._given, _tensors(given.state)
         return (
-            self.call is not None
-            and state is self.state
-            and noise is self.noise
-            and self.threads == pool().threads
-            and len(weights) == len(self.step.weights)
-            and all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in zip(weights, self.step.weights, strict=True))
-            and all(mine is theirs for mine, theirs in zip(numbers, self.numbers, strict=True))
-            and [number._version for number in numbers] == self.versions
-            and torch.equal(active, self.active)
-            and compiled.fit(self.step.weights, gradients, ())
+            given.noise is mine.noise
+            and given.names == mine.names
+            and options == self._options
+            and self._threads == pool().threads
+            and len(tensors) == len(self._tensors)
+            and all(map(operator.is_, tensors, self._tensors))
+            and [weight.data_ptr() for weight in given.weights] == [weight.data_ptr() for weight in mine.weights]
+            and torch.equal(given.numbers, mine.numbers)
+            and torch.equal(given.active, mine.active)
+            and compiled.fit(given.weights, given.gradients, given.weights)
         )
+
+
+def _tensors(state: OptimizerState) -> list[Tensor]:
+    parts: list[UPGDState | variance.VGSState] = [state.upgd] if state.vgs is None else [state.upgd, state.vgs]
+    values = [value for part in parts for value in vars(part).values()]
+    return [tensor for value in values for tensor in (value.values() if isinstance(value, dict) else (value,))]
 
 
 class PopulationOptimizer:
@@ -173,45 +187,46 @@ class PopulationOptimizer:
         missing = [name for name in self._numbers if name not in hyper]
         if missing:
             raise KeyError(f"hyper lacks {missing}")
-        given = (
+        given = _Given(
+            names,
             [parameters[name].detach() for name in names],
             [gradients[name] for name in names],
             state,
-            [hyper[name] for name in self._numbers],
+            torch.stack([hyper[name] for name in self._numbers]),
             noise,
-            active,
+            active.clone(),  # the library reads it in every step that repeats this one
         )
         prepared = self._prepared
-        if prepared is None or not prepared.fits(*given):
-            prepared = self._prepare(names, *given)
+        if prepared is None or not prepared.fits(given, self.options):
+            prepared = self._prepare(given)
         step = prepared.step
         if prepared.call is not None:
-            prepared.call(given[1])
+            prepared.call(given.gradients)
             prepared.call.record(step)
         else:
             states: tuple[Any, ...] = (None, state.upgd, None, None, None)
             with _preserved(~active, step.weights, state):
                 self._chain.update(step, states if state.vgs is None else (state.vgs, *states))
-        # Of microbatches each step must have seen enough, which making it ready checks.
-        repeats = prepared.call is not None and (state.vgs is None or self.vgs.estimator != "microbatch")
-        self._prepared = prepared if repeats else None
+        self._prepared = prepared if prepared.repeats else None
         if state.vgs is not None:
             state.vgs.microbatches.zero_()
             state.vgs.microbatch_squares.zero_()
         metrics = torch.stack(list(step.metrics.values())).to(hyper["optimizer.lr"].dtype)
         return dict(zip(step.metrics, metrics.unbind(), strict=True))
 
-    def _prepare(
-        self, names: list[str], weights: list[Tensor], gradients: list[Tensor], state: OptimizerState, numbers: list[Tensor],
-        noise: MemberGenerators | Int[Tensor, "P"], active: Bool[Tensor, "P"],
-    ) -> _Prepared:  # fmt: skip
-        draw = active & (numbers[self._numbers.index("optimizer.sigma")] > 0)
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy goes without the call, whose addresses are those of this one's tensors.
+        return self.__dict__ | {"_prepared": None}
+
+    def _prepare(self, given: _Given) -> _Prepared:
+        names, state, noise = given.names, given.state, given.noise
+        draw = given.active & (given.numbers[self._numbers.index("optimizer.sigma")] > 0)
         keys = (lambda: noise) if isinstance(noise, Tensor) else (lambda: noise.keys(draw))
         step = Step(
             names,
-            weights,
-            gradients,
-            self._hyper_columns(numbers),
+            given.weights,
+            given.gradients,
+            self._hyper_columns(given.numbers),
             self.options if len(names) == len(self.names) else [self.options[self.names.index(name)] for name in names],
             KeyedNormal(keys),
             self._columns(names, state),
@@ -220,12 +235,16 @@ class PopulationOptimizer:
         if state.vgs is not None:
             measuring = compiled.Measuring(self._scopes, self.vgs.warmup_steps, self.vgs.estimator, state.vgs)
         if compiled.supports(step, state.upgd, measuring):
-            call = compiled.Call(step, state.upgd, self.settings.name, measuring=measuring, active=active, threads=threads)
+            call = compiled.Call(
+                step, state.upgd, self.settings.name, measuring=measuring, active=given.active, threads=threads
+            )
             step.gradients = step.direction = []  # what is kept for the next step keeps none of this one's
-        return _Prepared(step, call, state, numbers, noise, active, threads)
+        # Of microbatches each step must have seen enough, which making it ready checks.
+        repeats = call is not None and (state.vgs is None or self.vgs.estimator != "microbatch")
+        return _Prepared(step, call, given, list(self.options), threads, repeats)
 
-    def _hyper_columns(self, values: list[Tensor]) -> dict[str, Tensor]:
-        stacked = torch.stack(values).double()[:, :, None]
+    def _hyper_columns(self, values: Float[Tensor, "N P"]) -> dict[str, Tensor]:
+        stacked = values.double()[:, :, None]
         numbers = dict(zip((name.removeprefix("optimizer.") for name in self._numbers), stacked, strict=True))
         decay = numbers.pop("weight_decay")
         numbers["coupled_decay" if self.settings.name == "UPGD" else "decoupled_decay"] = decay

@@ -117,7 +117,7 @@ def columns(matrix: Shaped[Tensor, "#P #K"], like: Sequence[Tensor]) -> list[Ten
     dtype = like[0].dtype
     if matrix.shape[0] == 1 and all(tensor.dtype is dtype for tensor in like):
         entries = matrix.to(dtype).unbind(1)  # one element broadcasts against any shape
-        return list(entries) if len(entries) == len(like) else [entries[0]] * len(like)
+        return list(entries) if len(entries) > 1 else [entries[0]] * len(like)
     shaped: dict[tuple[torch.dtype, int], tuple[Tensor, ...]] = {}
     found = []
     for k, tensor in enumerate(like):
@@ -146,7 +146,7 @@ def _rows(tensors: Sequence[Shaped[Tensor, "P ..."]]) -> list[Shaped[Tensor, "P 
     return [tensor.reshape(tensor.shape[0], -1) for tensor in tensors]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # and never dropped: a captured graph goes on reading these addresses
 def positions(chosen: tuple[int, ...], device: torch.device) -> Int[Tensor, "K"]:
     """Some of a step's tensors as an index; made once, since a captured step can bring nothing from the host."""
     return torch.tensor(chosen, device=device)
