@@ -28,17 +28,16 @@ PATHS = ["torch", "compiled", "stepped"] if compiled.available() else ["torch", 
 @pytest.fixture(
     params=[(path, threads) for path in PATHS for threads in (1, 3) if path != "stepped" or threads == 1], ids=str, autouse=True
 )
-def path(request):
+def path(request, monkeypatch):
     """Every way of running a sequence, on one thread and on several, however little there is to do."""
     path, threads = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HARDY_COMPILED", str(int(path == "compiled")))
-        patch.setattr(compiled, "SMALLEST_PART", 1)
-        patch.setattr(recurrent, "WORTH_THREADS", 0)
-        patch.setattr(recurrent, "STEPPED", ("cpu", "cuda") if path == "stepped" else ("cuda",))
-        set_threads(threads)
-        yield path
-        set_threads(1)
+    monkeypatch.setenv("HARDY_COMPILED", str(int(path == "compiled")))
+    monkeypatch.setattr(compiled, "SMALLEST_PART", 1)
+    monkeypatch.setattr(recurrent, "WORTH_THREADS", 0)
+    monkeypatch.setattr(recurrent, "STEPPED", ("cpu", "cuda") if path == "stepped" else ("cuda",))
+    set_threads(threads)
+    yield path
+    set_threads(1)
 
 
 stepped_only = pytest.mark.parametrize("path", [("stepped", 1)], indirect=True)

@@ -109,8 +109,7 @@ class Trainer:
         self.drift_seeds = settings.drift_seeds if seeds is None else self.seeds
         """Of members that are given their own seeds, each one's world changes in its own way."""
         self.iteration = 0
-        memory = settings.policy.memory
-        set_threads(settings.threads or available_cores(), recurrent=memory != "none" and own_threads(memory, dtype))
+        set_threads(settings.threads or available_cores(), recurrent=own_threads(settings.policy.memory, dtype))
         members = len(self.seeds)
         self.env = make(settings.env, self.seeds, drift_seeds=self.drift_seeds, device=settings.device) if env is None else env
         self.policy = ActorCritic(

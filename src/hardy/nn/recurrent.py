@@ -33,12 +33,13 @@ WORTH_THREADS = 200_000_000
 """Multiplications of a forward pass, of all members and layers, below which Python threads cost more than they give."""
 
 
-def own_threads(kind: CellKind, dtype: torch.dtype) -> bool:
+def own_threads(kind: CellKind | Literal["none"], dtype: torch.dtype) -> bool:
     """Whether sequences on the CPU are shared out to threads of Hardy's, rather than each kernel to PyTorch's.
 
     PyTorch's GRU is a call for every step, and so is its LSTM where oneDNN has none: too small to be shared out.
     """
-    return kind == "gru" or dtype is not torch.float32 or compiled.available() or not torch.backends.mkldnn.is_available()
+    in_one_call = dtype is torch.float32 and torch.backends.mkldnn.is_available() and not compiled.available()
+    return kind == "gru" or (kind == "lstm" and not in_one_call)
 
 
 class StackedRecurrent(nn.Module):
