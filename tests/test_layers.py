@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "hardy"
 
 # A unit is a module or a package directly under hardy. The files of one package may import one another.
 LAYERS = {
-    0: ("config", "population", "compiled", "parallel", "profiling", "splitmix", "graphs", "interrupts"),
+    0: ("config", "population", "compiled", "parallel", "profiling", "splitmix", "graphs", "interrupts", "allocator"),
     1: ("ops", "optim", "nn", "envs", "checkpoint", "metrics", "console", "lineage", "figures", "minibatch"),
     2: ("policy", "adversary", "report", "population_report", "pbt"),
     3: ("rollout",),

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from hardy import run
 from hardy.adversary import ATTACKS, NORMS, Attack, Norm
+from hardy.allocator import keep_freed_memory
 from hardy.checkpoint import CheckpointError, package_version
 from hardy.config import ConfigError, dump_settings, load_settings, nearest
 from hardy.console import print_error
@@ -269,6 +270,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def main() -> None:
     """Entry point: a mistake of the user ends with one message and exit status 2, without a traceback."""
     warnings.showwarning = _show_warning
+    keep_freed_memory()
     try:
         app()
     except (ConfigError, CheckpointError) as error:

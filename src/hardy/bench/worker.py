@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hardy.allocator import keep_freed_memory
 from hardy.bench import environments, memory, optimizer, population, recurrence, scaling, throughput
 from hardy.bench.options import Options
 from hardy.bench.results import Part
@@ -61,6 +62,7 @@ def main(task: str, given: str) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     try:
         main(*sys.argv[1:])
     except KeyboardInterrupt:
