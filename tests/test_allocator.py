@@ -12,8 +12,11 @@ import pytest
 from hardy import allocator, cli
 
 REPEATED = """
-import resource, torch
+import ctypes, resource, torch
 from hardy.allocator import keep_freed_memory
+
+for option in (-1, -3):  # by itself glibc changes both in the course of a program, more or less by chance
+    ctypes.CDLL(None).mallopt(option, 1 << 20)
 
 def work():
     blocks = [torch.ones(1 << 19) for _ in range(10)]
@@ -36,7 +39,7 @@ def test_work_of_20_mb_fetches_its_memory_once() -> None:
     for kept in (True, False):
         done = subprocess.run([sys.executable, "-c", REPEATED.format(kept=kept)], capture_output=True, text=True, check=True)
         faults[kept] = int(done.stdout)
-    assert faults[True] < faults[False] / 2
+    assert faults[True] < 500 < faults[False]
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
