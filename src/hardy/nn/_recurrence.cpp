@@ -141,6 +141,8 @@ struct LayerRows {
     float *const *out, *const *cell;
 };
 
+#define INLINE inline __attribute__((always_inline))
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HARDY_DISPATCH
 #pragma GCC push_options

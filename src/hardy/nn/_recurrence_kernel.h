@@ -9,14 +9,20 @@ typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 constexpr int64_t WIDE = 4 * LANES;  // four vectors side by side: the four gates of LANES units, or 4 LANES columns
 constexpr int64_t DEPTH = 128;       // steps whose outer products are summed while their panel stays in the nearest cache
 
-inline Vector load(const float* from, int64_t count) {
+// A number known when this is compiled: what a whole vector holds needs no look at how much is left.
+template <int64_t VALUE>
+struct Constant {
+    constexpr operator int64_t() const { return VALUE; }
+};
+
+INLINE Vector load(const float* from, int64_t count) {
     if (count >= LANES) return *reinterpret_cast<const Unaligned*>(from);
     Vector value = {};
     std::memcpy(&value, from, static_cast<size_t>(count) * sizeof(float));
     return value;
 }
 
-inline void store(float* to, Vector value, int64_t count) {
+INLINE void store(float* to, Vector value, int64_t count) {
     if (count >= LANES)
         *reinterpret_cast<Unaligned*>(to) = value;
     else
@@ -62,7 +68,7 @@ inline Vector tanh(Vector x) {
 
 // sums[r][v] += sum over k of rows[r][k * stride] * panel[k][v]
 template <int COUNT, int VECTORS>
-inline __attribute__((always_inline)) void accumulate(
+INLINE void accumulate(
     Vector (&sums)[COUNT][VECTORS], const float* const* rows, int64_t stride, const float* panel, int64_t depth) {
     const float* row[COUNT];
     for (int r = 0; r < COUNT; ++r) row[r] = rows[r];
@@ -77,6 +83,14 @@ inline __attribute__((always_inline)) void accumulate(
             for (int v = 0; v < VECTORS; ++v) sums[r][v] += scale * column[v];
         }
     }
+}
+
+template <int COUNT, int VECTORS>
+INLINE void clear(Vector (&sums)[COUNT][VECTORS]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = Vector{};
 }
 
 // Runs `block.run<COUNT>(first)` over rows begin .. end - 1 in blocks of at most ROWS, all of nearly the same size.
@@ -100,19 +114,53 @@ inline void in_blocks(int64_t begin, int64_t end, Block& block) {
     }
 }
 
+// The first (or, from `half` = LANES / 2 on, the second) halves of two vectors, number by number in turns.
+INLINE Vector in_turns(Vector one, Vector other, int32_t half) {
+    Integers from = {};
+#pragma GCC unroll 16
+    for (int lane = 0; lane < LANES; ++lane) from[lane] = half + lane / 2 + lane % 2 * LANES;
+#if defined(__clang__)
+    Vector taken = {};
+    for (int lane = 0; lane < LANES; ++lane) taken[lane] = from[lane] < LANES ? one[from[lane]] : other[from[lane] - LANES];
+    return taken;
+#else
+    return __builtin_shuffle(one, other, from);
+#endif
+}
+
+// to[k * stride + lane] = rows[lane][k] for LANES rows, each `depth` behind the one before, and LANES columns.
+INLINE void transpose(const float* rows, int64_t depth, float* to, int64_t stride) {
+    Vector lines[LANES];
+#pragma GCC unroll 16
+    for (int lane = 0; lane < LANES; ++lane) lines[lane] = load(rows + lane * depth, Constant<LANES>{});
+#pragma GCC unroll 4
+    for (int size = 1; size < LANES; size *= 2) {  // after each round, every vector holds parts of twice as many rows
+        Vector mixed[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; ++i) {
+            mixed[2 * i] = in_turns(lines[i], lines[i + LANES / 2], 0);
+            mixed[2 * i + 1] = in_turns(lines[i], lines[i + LANES / 2], LANES / 2);
+        }
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; ++lane) lines[lane] = mixed[lane];
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < LANES; ++k) store(to + k * stride, lines[k], Constant<LANES>{});
+}
+
 // Panels of a matrix [4 hidden, depth], transposed: panel j holds [depth][4 gates][LANES units]. The places of units that the
 // last panel lacks keep any number; what is computed from them is never stored.
 inline void pack_gates(const float* weight, int64_t hidden, int64_t depth, float* panels) {
-    const int64_t tile = 16;
     for (int64_t unit = 0; unit < hidden; unit += LANES, panels += depth * WIDE) {
         const int64_t units = hidden - unit < LANES ? hidden - unit : LANES;
-        for (int64_t begin = 0; begin < depth; begin += tile) {
-            const int64_t end = begin + tile < depth ? begin + tile : depth;
-            for (int64_t gate = 0; gate < 4; ++gate)
-                for (int64_t lane = 0; lane < units; ++lane) {
-                    const float* row = weight + (gate * hidden + unit + lane) * depth;
-                    for (int64_t k = begin; k < end; ++k) panels[k * WIDE + gate * LANES + lane] = row[k];
-                }
+        for (int64_t gate = 0; gate < 4; ++gate) {
+            const float* rows = weight + (gate * hidden + unit) * depth;
+            float* to = panels + gate * LANES;
+            int64_t k = 0;
+            if (units == LANES)
+                for (; k + LANES <= depth; k += LANES) transpose(rows + k, depth, to + k * WIDE, WIDE);
+            for (; k < depth; ++k)
+                for (int64_t lane = 0; lane < units; ++lane) to[k * WIDE + lane] = rows[lane * depth + k];
         }
     }
 }
@@ -133,14 +181,23 @@ struct Projection {
 
     template <int COUNT>
     void run(int64_t first) {
-        const int64_t hidden = problem.hidden, units = hidden - unit;
+        problem.hidden - unit >= LANES ? run<COUNT>(first, Constant<LANES>{}) : run<COUNT>(first, problem.hidden - unit);
+    }
+
+    template <int COUNT, class Count>
+    INLINE void run(int64_t first, Count units) {
+        const int64_t hidden = problem.hidden;
         Vector sums[COUNT][4];
+#pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
             const Vector start = load(bias + v * hidden + unit, units);
+#pragma GCC unroll 8
             for (int r = 0; r < COUNT; ++r) sums[r][v] = start;
         }
         accumulate(sums, rows.x + first, 1, panel, problem.inputs);
+#pragma GCC unroll 8
         for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 4
             for (int v = 0; v < 4; ++v) store(rows.gates + (rows.at[first + r] * 4 + v) * hidden + unit, sums[r][v], units);
     }
 };
@@ -155,11 +212,18 @@ struct Step {
 
     template <int COUNT>
     void run(int64_t first) {
-        const int64_t hidden = problem.hidden, units = hidden - unit;
+        problem.hidden - unit >= LANES ? run<COUNT>(first, Constant<LANES>{}) : run<COUNT>(first, problem.hidden - unit);
+    }
+
+    template <int COUNT, class Count>
+    INLINE void run(int64_t first, Count units) {
+        const int64_t hidden = problem.hidden;
         Vector sums[COUNT][4];
         bool stored = !starting;
+#pragma GCC unroll 8
         for (int r = 0; r < COUNT; ++r) {
             stored |= rows.hidden[first + r] != rows.zeros;
+#pragma GCC unroll 4
             for (int v = 0; v < 4; ++v) sums[r][v] = load(rows.gates + (rows.at[first + r] * 4 + v) * hidden + unit, units);
         }
         if (stored) accumulate(sums, rows.hidden + first, 1, panel, hidden);
@@ -192,15 +256,23 @@ struct StepBack {
 
     template <int COUNT>
     void run(int64_t first) {
-        const int64_t hidden = problem.hidden;
-        Vector sums[COUNT][4] = {};
-        if (!ending) accumulate(sums, gradient_after + first, 1, panel, 4 * hidden);
+        Vector sums[COUNT][4];
+        clear(sums);
+        if (!ending) accumulate(sums, gradient_after + first, 1, panel, 4 * problem.hidden);
         for (int r = 0; r < COUNT; ++r)
-            for (int v = 0; v < 4 && unit + v * LANES < hidden; ++v) one(first + r, unit + v * LANES, sums[r][v]);
+#pragma GCC unroll 1  // the code would be long, and no faster
+            for (int v = 0; v < 4; ++v) {
+                const int64_t at = unit + v * LANES, left = problem.hidden - at;
+                if (left >= LANES)
+                    one(first + r, at, Constant<LANES>{}, sums[r][v]);
+                else if (left > 0)
+                    one(first + r, at, left, sums[r][v]);
+            }
     }
 
-    inline __attribute__((always_inline)) void one(int64_t row, int64_t at, Vector from_later) {
-        const int64_t hidden = problem.hidden, units = hidden - at, m = begin + row, flat = rows.at[m];
+    template <class Count>
+    INLINE void one(int64_t row, int64_t at, Count units, Vector from_later) {
+        const int64_t hidden = problem.hidden, m = begin + row, flat = rows.at[m];
         const float* gates = rows.gates + flat * 4 * hidden + at;
         const Vector input = load(gates, units), forget = load(gates + hidden, units);
         const Vector candidate = load(gates + 2 * hidden, units), output = load(gates + 3 * hidden, units);
@@ -230,13 +302,34 @@ struct Product {
 
     template <int COUNT>
     void run(int64_t first) {
-        Vector sums[COUNT][4] = {};
+        columns - at >= WIDE ? whole<COUNT>(first) : partly<COUNT>(first);
+    }
+
+    // Apart from the other, whose sums are in memory, since they are reached by a changing index.
+    template <int COUNT>
+    INLINE void whole(int64_t first) {
+        Vector sums[COUNT][4];
+        clear(sums);
+        accumulate(sums, from + first, stride, panel, depth);
+#pragma GCC unroll 8
+        for (int r = 0; r < COUNT; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < 4; ++v) put(to[first + r] + at + v * LANES, sums[r][v], Constant<LANES>{});
+    }
+
+    template <int COUNT>
+    void partly(int64_t first) {
+        Vector sums[COUNT][4];
+        clear(sums);
         accumulate(sums, from + first, stride, panel, depth);
         for (int r = 0; r < COUNT; ++r)
-            for (int64_t v = 0, column = at; v < 4 && column < columns; ++v, column += LANES) {
-                float* target = to[first + r] + column;
-                store(target, add ? sums[r][v] + load(target, columns - column) : sums[r][v], columns - column);
-            }
+            for (int64_t v = 0, column = at; column < columns; ++v, column += LANES)
+                put(to[first + r] + column, sums[r][v], columns - column);
+    }
+
+    template <class Count>
+    INLINE void put(float* target, Vector sum, Count count) {
+        store(target, add ? sum + load(target, count) : sum, count);
     }
 };
 

@@ -83,7 +83,7 @@ struct CellBlock {
         for (int r = 0; r < COUNT; ++r) cell(first + r, sums[r]);
     }
 
-    inline __attribute__((always_inline)) void cell(int64_t row, const Vector (&sums)[4]) {
+    INLINE void cell(int64_t row, const Vector (&sums)[4]) {
         const int64_t units = layer.outputs - at;
         const Vector cell = sigmoid(sums[0]) * tanh(sums[2]) + sigmoid(sums[1]) * load(rows.cell_before[row] + at, units);
         store(rows.cell[row] + at, cell, units);
