@@ -151,7 +151,7 @@ if compiled.available():
         assert torch.equal(clean[0, :4, 2], spoiled[0, :4, 2])
 
     @pytest.mark.parametrize("level", LEVELS)
-    @pytest.mark.parametrize(("members", "steps", "envs"), [(2, 41, 7), (1, 131, 3), (1, 17, 1), (5, 7, 2)])
+    @pytest.mark.parametrize(("members", "steps", "envs"), [(2, 41, 7), (1, 131, 3), (1, 17, 1), (5, 7, 2), (9, 11, 3)])
     def test_threads_change_neither_values_nor_gradients(level, members, steps, envs):
         x, state, is_first, weights = draw(members, steps, envs, 13, 37, 0.1)
         inputs = [x, *weights]

@@ -522,6 +522,25 @@ def test_small_layers_are_not_shared_out(threads, units, useful, monkeypatch):
     assert seen[0] == useful
 
 
+def test_a_head_of_few_outputs_is_shared_out_like_one_that_fills_a_vector(monkeypatch):
+    seen = {}
+
+    class Library:
+        @staticmethod
+        def hardy_linear(problem):
+            seen[problem._obj.outputs] = problem._obj.threads
+            return 0
+
+    monkeypatch.setattr(compiled_sequence, "_library", Library)
+    policy = policy_of(memory="none", encoder=(64,))
+    few = policy.actor.output.bias.shape[1]
+    assert few < 16
+    monkeypatch.setattr(compiled_sequence, "SMALLEST_PART", P * T * E * 16 * 64 // 2)
+    set_threads(2)
+    policy.outputs(*draw(policy))
+    assert seen[few] == 2
+
+
 def test_memory_that_is_not_there_is_an_error_of_its_own(monkeypatch):
     class Library:
         @staticmethod

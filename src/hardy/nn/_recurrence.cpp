@@ -37,7 +37,7 @@ struct Problem {
     float* output;                                               // [P, T, E, H]
     float *gates, *cell;                                         // [P, T, E, 4 H] activated, [P, T, E, H]
     const float* grad_output;                                    // [P, T, E, H]
-    float* grad_gates;                                           // [P, T, E, 4 H]
+    float* grad_gates;                                           // [P, T, E, 4 H], may be `gates`
     float* grad_x;                                               // [P, T, E, I], or null
     float *grad_weight_ih, *grad_weight_hh, *grad_bias;          // [P, ...]
 };
@@ -331,47 +331,64 @@ std::vector<const float*> factors(const Problem& p, int64_t member, const float*
     return found;
 }
 
-bool weight_gradients(const Problem& p, const float* zeros, const Kernel& kernel) {
+// The blocks of the weights' gradients of some members, and what they point to.
+struct Blocks {
+    std::vector<std::vector<const float*>> factor;
+    std::vector<Block> blocks;
+};
+
+Blocks cut_gradients(const Problem& p, int64_t begin, int64_t end, int64_t threads, const float* zeros, const Kernel& kernel) {
     const int64_t count = p.steps * p.envs, H = p.hidden;
     // Of gates: few, since each packs the factors anew, but enough to share out.
     const int64_t panels = (p.inputs + kernel.wide - 1) / kernel.wide + (H + kernel.wide - 1) / kernel.wide;
-    const int64_t ranges = p.threads > 1 ? std::min<int64_t>(4, 1 + (2 * p.threads - 1) / (p.members * panels)) : 1;
-    std::vector<std::vector<const float*>> factor;
-    std::vector<Block> blocks;
-    for (int64_t member = 0; member < p.members; ++member) {
-        factor.push_back(factors(p, member, zeros));
+    const int64_t ranges = threads > 1 ? std::min<int64_t>(4, 1 + (2 * threads - 1) / ((end - begin) * panels)) : 1;
+    Blocks made;
+    for (int64_t member = begin; member < end; ++member) {
+        made.factor.push_back(factors(p, member, zeros));
         // Blocks of the same gates follow one another: their gradients are in the cache then.
         for (int64_t range = 0; range < ranges; ++range)
             for (int64_t matrix = 0; matrix < 2; ++matrix) {
                 const int64_t columns = matrix ? H : p.inputs;
                 float* const gradient = (matrix ? p.grad_weight_hh : p.grad_weight_ih) + member * 4 * H * columns;
                 for (int64_t at = 0; at < columns; at += kernel.wide)
-                    blocks.push_back({
-                        factor.back().data() + matrix * count, p.grad_gates + member * count * 4 * H, count, 4 * H, columns,
+                    made.blocks.push_back({
+                        made.factor.back().data() + matrix * count, p.grad_gates + member * count * 4 * H, count, 4 * H, columns,
                         4 * H * range / ranges, 4 * H * (range + 1) / ranges, at, gradient,
                         matrix == 0 && at == 0 ? p.grad_bias + member * 4 * H : nullptr});
             }
     }
-    return share_out(blocks.size(), p.threads, [&](size_t i) {
-        static thread_local Workspace space;
-        space.from.resize(static_cast<size_t>(4 * H));
-        space.to.resize(static_cast<size_t>(4 * H));
-        kernel.weight_gradient(blocks[i], space.aligned(128 * WIDEST), space.from.data(), space.to.data());
-    });
+    return made;
+}
+
+void weight_gradient(const Block& block, const Kernel& kernel) {
+    static thread_local Workspace space;
+    space.from.resize(static_cast<size_t>(block.gates));
+    space.to.resize(static_cast<size_t>(block.gates));
+    kernel.weight_gradient(block, space.aligned(128 * WIDEST), space.from.data(), space.to.data());
 }
 
 int run(const Problem& problem) {
+    const Kernel kernel = choose(problem.level);
+    const std::vector<float> zeros(static_cast<size_t>(problem.hidden), 0.0f);
     std::vector<Task> tasks;
     for (int64_t member = 0; member < problem.members; ++member)
         for (Part& part : plan(problem, member)) tasks.push_back({member, std::move(part)});
-    const Kernel kernel = choose(problem.level);
-    const std::vector<float> zeros(static_cast<size_t>(problem.hidden), 0.0f);
+    // The gradients of a member's weights follow its rows at once, while these are in the cache. Those of the last members are
+    // shared out in small pieces behind, so that all threads end together.
+    const bool back = problem.grad_output != nullptr;
+    const int64_t behind = problem.parts > 1 ? problem.members : problem.threads > 1 ? problem.threads : 0;
+    const int64_t at_once = back ? std::max<int64_t>(0, problem.members - behind) : 0;
     const bool done = share_out(tasks.size(), problem.threads, [&](size_t i) {
         static thread_local Workspace space;
+        const int64_t member = tasks[i].member;
         run_rows(problem, tasks[i], zeros.data(), kernel, space);
+        if (member >= at_once) return;
+        const Blocks own = cut_gradients(problem, member, member + 1, 1, zeros.data(), kernel);
+        for (const Block& block : own.blocks) weight_gradient(block, kernel);
     });
-    if (!done || problem.grad_output == nullptr) return done ? 0 : 1;
-    return weight_gradients(problem, zeros.data(), kernel) ? 0 : 1;
+    if (!done || !back) return done ? 0 : 1;
+    const Blocks rest = cut_gradients(problem, at_once, problem.members, problem.threads, zeros.data(), kernel);
+    return share_out(rest.blocks.size(), problem.threads, [&](size_t i) { weight_gradient(rest.blocks[i], kernel); }) ? 0 : 1;
 }
 
 #include "_recurrence_linear.h"

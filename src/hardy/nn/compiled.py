@@ -158,8 +158,13 @@ class LSTMCall:
         members, steps, envs, _ = self.inputs.shape
         hidden = self.problem.hidden
         output, gates, cell = (empty(members, steps, envs, width * hidden) for width in (1, 4, 1))
-        self.run(output=output, gates=gates, cell=cell)
+        self.restore((output, gates, cell))
         return output, gates, cell
+
+    def restore(self, made: Sequence[Tensor]) -> None:
+        """Fill once more what `forward` returned, before another `backward`: a graph may be kept."""
+        output, gates, cell = made
+        self.run(output=output, gates=gates, cell=cell)
 
     def backward(
         self, made: Sequence[Tensor], grad_output: Tensor, empty: Empty, grad_x: Tensor | None, adds: bool = False
@@ -167,14 +172,15 @@ class LSTMCall:
         """Gradients of the four weights; those of the inputs are written into ``grad_x`` where that is given, or added to it.
 
         Args:
-            made: what `forward` returned.
+            made: what `forward` returned. The gates are written over with their gradients: that much less passes through the
+                caches.
         """
         written = grad_x if grad_x is None or not adds else empty(*self.inputs.shape)
         grads = [torch.empty_like(weight) for weight in self.weights[:3]]
         optional = {} if written is None else {"grad_x": written}
         output, gates, cell = made
         self.run(
-            output=output, gates=gates, cell=cell, grad_output=grad_output, grad_gates=empty(*gates.shape),
+            output=output, gates=gates, cell=cell, grad_output=grad_output, grad_gates=gates,
             grad_weight_ih=grads[0], grad_weight_hh=grads[1], grad_bias=grads[2], **optional,
         )  # fmt: skip
         if grad_x is not None and written is not None and adds:
@@ -186,7 +192,7 @@ class LSTMCall:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, places: tuple[int, int], threads: int, level: int, *tensors: Tensor) -> Tensor:
-        ctx.places, ctx.threads, ctx.level = places, threads, level
+        ctx.places, ctx.threads, ctx.level, ctx.spent = places, threads, level, False
         output, gates, cell = LSTMCall(places, threads, level, tensors).forward(empty)
         ctx.save_for_backward(*tensors, output, gates, cell)
         return output
@@ -197,5 +203,8 @@ class _Layer(torch.autograd.Function):
         *tensors, output, gates, cell = ctx.saved_tensors
         grad_x = torch.empty_like(tensors[0]) if ctx.needs_input_grad[3] else None
         call = LSTMCall(ctx.places, ctx.threads, ctx.level, tensors)
+        if ctx.spent:
+            call.restore((output, gates, cell))
+        ctx.spent = True
         grads = call.backward((output, gates, cell), grad_outputs[0].contiguous(), empty, grad_x)
         return (None, None, None, grad_x, None, None, *grads)

@@ -32,6 +32,8 @@ SMALLEST_PART = 2_000_000
 """Multiplications of a layer's forward pass below which a part is not worth a thread (measured)."""
 ACTIVATION = 32
 """Multiplications that take the time of an activation."""
+VECTOR = 16
+"""Outputs that take no longer than one: they are computed side by side."""
 SHAPES_KEPT = 8
 """Shapes of buffers that are kept: a training's minibatches differ in few ways."""
 
@@ -150,7 +152,7 @@ class _LinearCall:
         self.inputs, (self.weight, self.bias) = inputs, weights
         members, steps, envs, width = inputs.shape
         outputs = self.weight.shape[1]
-        work = members * steps * envs * outputs * (width + (ACTIVATION if kind else 0))
+        work = members * steps * envs * max(outputs, VECTOR) * (width + (ACTIVATION if kind else 0))
         useful = max(1, min(threads, work // SMALLEST_PART))
         self._problem = _Linear(
             *(members, steps * envs, width, outputs, kind, 0, useful, level),
@@ -285,7 +287,7 @@ class _Sequence(torch.autograd.Function):
                 made.append(())
             else:
                 made.append(call.forward(ctx.loan.empty))
-        ctx.made = made
+        ctx.made, ctx.spent = made, False
         ctx.save_for_backward(obs, given.state, given.is_first, *weights)
         return tuple(results[place] for place in sequence.results)
 
@@ -306,7 +308,10 @@ class _Sequence(torch.autograd.Function):
             if not adds and (not at_start or ctx.needs_input_grad[2]):
                 gradient[layer.source] = torch.empty_like(obs) if at_start else loan.empty(*inputs.shape)
             call = layer.prepare(given, inputs, own)
+            if ctx.spent and isinstance(call, LSTMCall):
+                call.restore(made[place])
             found.append(call.backward(made[place], gradient[place], loan.empty, gradient.get(layer.source), adds))
+        ctx.spent = True
         return None, None, gradient.get(OBSERVATION), *(grad for grads in reversed(found) for grad in grads)
 
 
