@@ -29,7 +29,7 @@ from hardy.ops.policy_loss import (
 from hardy.ops.returns import gae, sampled_returns
 from hardy.ops.risk import Objective
 from hardy.ops.schedules import ScheduleKind, ramp_factor, schedule_factor
-from hardy.optim import OptimizerState, PopulationOptimizer
+from hardy.optim import OptimizerState, PopulationOptimizer, compiled
 from hardy.parallel import pool
 from hardy.policy import ActorCritic
 from hardy.population import MemberGenerators, member_norm, member_sum, per_member
@@ -87,13 +87,22 @@ class Batch:
     def environments(self, chosen: Tensor | slice) -> Batch:
         """The same of some environments: a slice for all members, or indices ``[P, E']`` for each."""
 
-        def select(value: Tensor, axis: int) -> Tensor:
-            if isinstance(chosen, slice):
-                return value[:, :, chosen] if axis == 2 else value[:, chosen]
-            return torch.stack([row.index_select(axis - 1, index) for row, index in zip(value, chosen, strict=True)])
-
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: select(value, 1 if name == "initial_state" else 2) for name, value in fields.items()})
+        axes = {name: 1 if name == "initial_state" else 2 for name in fields}
+        if isinstance(chosen, slice):
+            return Batch(
+                **{name: value[:, :, chosen] if axes[name] == 2 else value[:, chosen] for name, value in fields.items()}
+            )
+        # One index for all members: a selection for each would be P times as many small operations.
+        members, steps, envs = self.valid.shape
+        places = torch.arange(members * steps, device=chosen.device) * envs
+        index = {1: places[:members, None] + chosen, 2: places.view(members, steps, 1) + chosen[:, None]}
+
+        def select(value: Tensor, axis: int) -> Tensor:
+            rows = index[axis]
+            return value.flatten(0, axis).index_select(0, rows.flatten()).view(*rows.shape, *value.shape[axis + 1 :])
+
+        return Batch(**{name: select(value, axes[name]) for name, value in fields.items()})
 
 
 def make_batch(
@@ -425,4 +434,6 @@ def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _finite(gradients: Mapping[str, Tensor]) -> Bool[Tensor, "P"]:
     """Members all of whose gradients are finite, and their squares too: norms and second moments are made of those."""
-    return member_norm(list(gradients.values())).square().isfinite()
+    tensors = list(gradients.values())
+    squares = compiled.member_squares(tensors)
+    return (member_norm(tensors).square() if squares is None else squares.float()).isfinite()

@@ -1,13 +1,14 @@
 // One step of UPGD with VGS, clip and noise, float32, for the CPU: what the chain of transforms.py, vgs.py and upgd.py does, in
 // as few passes over memory as its reductions allow. Per member:
-//   1. norm of the gradient and VGS's mean: before the clip and the factor, which need the sums over all tensors
-//      (left out where there is neither);
-//   2. utilities and moments: before the gate, which needs the largest utility of all tensors;
+//   1. norm of the gradient, where there is a clip, before which all tensors must have been summed up;
+//   2. VGS's mean, utilities and moments: before factor and gate, which need sums and the largest utility of all tensors;
 //   3. gate, descent and noise; noise in proportion to the norm of the update is kept, for want of that norm, and added by
 //   4. tensor by tensor behind 3, while most of what 3 has written is still in a cache.
 // Sums are taken block by block and added up in the blocks' order, so that results do not depend on the number of threads.
 //
-// Plain C interface, no Python or PyTorch headers. Called by hardy/optim/compiled.py, whose `Problem` mirrors the one here.
+// And the members' sums of squares by themselves, which tell whose gradients are finite.
+//
+// Plain C interface, no Python or PyTorch headers. Called by hardy/optim/compiled.py, whose structures mirror those here.
 
 #include <algorithm>
 #include <atomic>
@@ -66,6 +67,14 @@ struct Problem {
     double* metrics;                     // [P, 3 + 2 * scopes]
 };
 
+// What each member's rows of all tensors sum to when squared.
+struct Squares {
+    int64_t members, tensors, level;
+    const int64_t* sizes;        // of one member's rows
+    const float* const* tensor;  // [P, ...] each
+    double* sum;                 // [P]
+};
+
 // A piece of one member's tensor.
 struct Block {
     int64_t begin, count;
@@ -91,7 +100,7 @@ using Pass = void (*)(const Block&, const Numbers&, Sums&);
 
 struct Kernel {
     double (*squares)(const float*, int64_t);
-    Pass measure, advance, advance_adam;
+    Pass (*advance_for)(bool adam, bool mean);
     Pass (*descend_for)(bool adam, Gating gating, bool noise);
     Pass shake;
 };
@@ -205,12 +214,25 @@ void run(const Problem& problem) {
     for (std::thread& other : others) other.join();
 }
 
+void run(const Squares& given) {
+    const Kernel& kernel = choose(given.level);
+    for (int64_t m = 0; m < given.members; ++m) {
+        double sum = 0;
+        for (int64_t k = 0; k < given.tensors; ++k)
+            for (int64_t begin = 0; begin < given.sizes[k]; begin += BLOCK)
+                sum += kernel.squares(given.tensor[k] + m * given.sizes[k] + begin, std::min(BLOCK, given.sizes[k] - begin));
+        given.sum[m] = sum;
+    }
+}
+
 }  // namespace
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// Changes with `Problem`, so that a library built from other sources is not used.
-EXPORTED int64_t hardy_upgd_version() { return 1; }
+// Changes with the structures, so that a library built from other sources is not used.
+EXPORTED int64_t hardy_upgd_version() { return 2; }
+
+EXPORTED void hardy_squares(const Squares* given) { run(*given); }
 
 // Returns 0, or 1 if memory ran out, before anything was changed.
 EXPORTED int hardy_upgd(const Problem* problem) {

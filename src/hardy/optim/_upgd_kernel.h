@@ -165,35 +165,20 @@ double squares(const float* row, int64_t count) {
     return total(sum);
 }
 
-// The raw gradient's norm and the running mean of VGS, if there is one, with its norm.
-void measure(const Block& of, const Numbers& its, Sums& sums) {
-    const Block block = of;  // copies, which the stores cannot change
-    const Numbers numbers = its;
-    Vector gradient_square = {}, mean_square = {};
-    if (block.mean == nullptr) {
-        sums.gradient = squares(block.gradient, block.count);
-        return;
-    }
-    each_vector(block.count, [&](int64_t i, auto size) {
-        const Vector gradient = load(block.gradient + i, size);
-        const Vector mean = lerp(load(block.mean + i, size), gradient, numbers.mean);
-        store(block.mean + i, mean, size);
-        gradient_square += gradient * gradient;
-        mean_square += mean * mean;
-    });
-    sums.gradient = total(gradient_square);
-    sums.mean = total(mean_square);
-}
-
-// Utilities, their extremes, and the moments.
-template <bool ADAM>
+// Norm of the raw gradient; utilities, their extremes, and the moments; the running mean of VGS, if there is one, with its norm.
+template <bool ADAM, bool MEAN>
 void advance(const Block& of, const Numbers& its, Sums& sums) {
     const Block block = of;  // copies, which the stores cannot change
     const Numbers numbers = its;
-    Vector gradient_square = {}, largest = all(-__builtin_inff()), smallest = all(__builtin_inff());
+    Vector gradient_square = {}, mean_square = {}, largest = all(-__builtin_inff()), smallest = all(__builtin_inff());
     each_vector(block.count, [&](int64_t i, auto size) {
         const Vector raw = load(block.gradient + i, size);
         gradient_square += raw * raw;
+        if (MEAN) {
+            const Vector mean = lerp(load(block.mean + i, size), raw, numbers.mean);
+            store(block.mean + i, mean, size);
+            mean_square += mean * mean;
+        }
         const Vector gradient = raw * numbers.shrink;
         const Vector instant = -(gradient * load(block.weight + i, size));
         const Vector utility = lerp(load(block.utility + i, size), instant, numbers.utility);
@@ -207,6 +192,7 @@ void advance(const Block& of, const Numbers& its, Sums& sums) {
         }
     });
     sums.gradient = total(gradient_square);
+    sums.mean = total(mean_square);
     sums.largest = sums.smallest = static_cast<double>(block.utility[0]);
     for (int lane = 0; lane < LANES; ++lane) {
         const double high = static_cast<double>(largest[lane]), low = static_cast<double>(smallest[lane]);
@@ -293,10 +279,15 @@ Pass descend_with(Gating gating, bool noise) {
     return noise ? descend<ADAM, Gating::none, true> : descend<ADAM, Gating::none, false>;
 }
 
+Pass advance_for(bool adam, bool mean) {
+    if (adam) return mean ? advance<true, true> : advance<true, false>;
+    return mean ? advance<false, true> : advance<false, false>;
+}
+
 Pass descend_for(bool adam, Gating gating, bool noise) {
     return adam ? descend_with<true>(gating, noise) : descend_with<false>(gating, noise);
 }
 
-const Kernel kernel = {squares, measure, advance<false>, advance<true>, descend_for, shake};
+const Kernel kernel = {squares, advance_for, descend_for, shake};
 
 #undef INLINE

@@ -60,19 +60,17 @@ class Member {
         if (rank == 0) begin(member);
         team.wait();
         const int64_t blocks = plan_.first.back();
-        if (p_.estimator != 0 || p_.clips) {
-            each_block(0, blocks, team, rank, [&](const Block& block, int64_t, const Numbers& numbers, Sums& sums) {
-                kernel_.measure(block, numbers, sums);
+        if (p_.clips) {
+            each_block(0, blocks, team, rank, [&](const Block& block, int64_t, const Numbers&, Sums& sums) {
+                sums.gradient = kernel_.squares(block.gradient, block.count);
             });
             team.wait();
             if (rank == 0) clip();
             team.wait();
         }
-        const Pass advance = p_.adam ? kernel_.advance_adam : kernel_.advance;
+        const Pass advance = kernel_.advance_for(p_.adam, p_.estimator == 1);
         each_block(0, blocks, team, rank, [&](const Block& block, int64_t, const Numbers& numbers, Sums& sums) {
-            const double before = sums.gradient;
             advance(block, numbers, sums);
-            if (p_.estimator != 0 || p_.clips) sums.gradient = before;
         });
         team.wait();
         if (rank == 0) compare();
@@ -164,8 +162,7 @@ class Member {
         const double norm = gradient_norm();
         for (int64_t k = 0; k < p_.tensors; ++k) {
             const double limit = number(MAX_GRAD_NORM, k);
-            if (p_.clips && norm > limit) numbers_[static_cast<size_t>(k)].shrink = static_cast<float>(limit / norm);
-            if (p_.estimator != 0) update_statistics(k);
+            if (norm > limit) numbers_[static_cast<size_t>(k)].shrink = static_cast<float>(limit / norm);
         }
     }
 
@@ -222,7 +219,10 @@ class Member {
     void compare() {
         add_up(0, p_.tensors);
         double* const metrics = p_.metrics + member_ * (3 + 2 * p_.scopes);
-        if (p_.estimator != 0) scope_factors(metrics + 3);
+        if (p_.estimator != 0) {
+            for (int64_t k = 0; k < p_.tensors; ++k) update_statistics(k);
+            scope_factors(metrics + 3);
+        }
         double largest = -std::numeric_limits<double>::infinity(), smallest = -largest;
         bool any = false;
         for (int64_t k = 0; k < p_.tensors; ++k) {

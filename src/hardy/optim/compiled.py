@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
@@ -27,8 +27,8 @@ from hardy.optim.transforms import Step, TensorOptions
 from hardy.optim.upgd import OptimizerName, UPGDState, noisy_tensors
 from hardy.optim.vgs import Scopes, VGSState, contributions, record_factors
 
-VERSION = 1
-"""Of `_Problem`; a library built from sources of another version is not used."""
+VERSION = 2
+"""Of the structures; a library built from sources of another version is not used."""
 SMALLEST_PART = 250_000
 """Weights, of all members, below which a part of a step is not worth a thread, which is made in each call."""
 _NUMBERS = {
@@ -54,6 +54,15 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _sizes.split()),
         *((name, ctypes.c_void_p) for name in f"{_by_tensor} {_by_member}".split()),
+    ]
+
+
+class _Squares(ctypes.Structure):
+    """Mirrors `Squares` in `_upgd.cpp`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("members", "tensors", "level")),
+        *((name, ctypes.c_void_p) for name in ("sizes", "tensor", "sum")),
     ]
 
 
@@ -99,6 +108,23 @@ def fit(weights: Sequence[Tensor], gradients: Sequence[Tensor], kept: Iterable[T
         and all(g.dtype is torch.float32 and g.is_cpu for g in gradients)
         and all(g.shape == w.shape for g, w in zip(gradients, weights, strict=True))
     )
+
+
+def member_squares(tensors: Sequence[Shaped[Tensor, "P ..."]], level: int = NEWEST_INSTRUCTIONS) -> Float[Tensor, "P"] | None:
+    """Sum of squares of each member's rows of all tensors together, float64; None where the library cannot be used.
+
+    Args:
+        level: the newest instruction set to use.
+    """
+    library = _library() if switched_on() else None
+    if library is None or any(t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
+        return None
+    sums = torch.empty(len(tensors[0]), dtype=torch.float64, device="cpu")
+    places = array("q", [t.numel() // len(t) for t in tensors] + [t.data_ptr() for t in tensors])
+    address, _ = places.buffer_info()
+    given = _Squares(len(sums), len(tensors), level, address, address + len(tensors) * places.itemsize, sums.data_ptr())
+    library.hardy_squares(ctypes.byref(given))
+    return sums
 
 
 class Call:
