@@ -13,12 +13,11 @@ from replay import captured_on_the_cpu
 from small_runs import EVERYTHING, Recorder, assert_same, member, shake_, snapshot, tiny, trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hardy import rollout as rollout_module
 from hardy.device_rollout import DeviceCollector, count_episodes_
-from hardy.envs import DriftSettings, EnvSettings, EnvStep, TensorEnv, make
+from hardy.envs import DriftSettings, EnvSettings, TensorEnv, make
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings
 from hardy.population import MemberGenerators
-from hardy.rollout import RECENT_EPISODES, CollectorState, collect, start
+from hardy.rollout import RECENT_EPISODES, CollectorState, collect, enter_scores_, start
 
 TORCH = {"backend": "torch"}
 
@@ -133,13 +132,11 @@ def counted(members, envs, outcomes, order=nullcontext):
                 torch.zeros(members, dtype=torch.int64),
             )
         )  # fmt: skip
-    steps = []
     for reward, ended in outcomes:
         with order():
             count_episodes_(states[0], torch.from_numpy(reward), torch.from_numpy(ended))
-        obs, ended = np.zeros((members * envs, 1), np.float32), ended.ravel()
-        steps.append(EnvStep(obs, reward.ravel(), ended, np.zeros_like(ended), obs, ended, np.ones_like(ended)))
-    rollout_module._count_episodes(states[1], steps)
+    rewards, ends = (np.stack(column).reshape(len(outcomes), -1) for column in zip(*outcomes, strict=True))
+    enter_scores_(states[1], rewards, ends, np.ones_like(ends))
     return [snapshot(state) for state in states]
 
 

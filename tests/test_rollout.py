@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from small_runs import TERMINATED, TRUNCATED, Recorder, scripted, shake_, snapsh
 
 from hardy.policy import ActorCritic, CriticSettings, PolicySettings
 from hardy.population import MemberGenerators
-from hardy.rollout import RECENT_EPISODES, collect, evaluate, reset_memory_, restart_, running_scores, start
+from hardy.rollout import RECENT_EPISODES, collect, enter_scores_, evaluate, reset_memory_, restart_, running_scores, start
 
 SCRIPTS = [[(3, TRUNCATED), (4, TERMINATED), (6, TRUNCATED)], [(5, TERMINATED), (2, TRUNCATED)], [(4, TRUNCATED)]]
 MODES = list(AutoresetMode)
@@ -186,6 +188,37 @@ def test_scores_are_those_of_the_most_recent_episodes_of_each_member():
     lengths += [(2 * (k + 1), 2) for k in range(60)]
     expected = [length for _, length in sorted(lengths, key=lambda pair: pair[0])][-RECENT_EPISODES:]
     torch.testing.assert_close(scores["rollout/ep_len_mean"], torch.full((2,), float(np.mean(expected))), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("members", "envs", "chance"), [(1, 1, 0.5), (3, 5, 0.1), (2, 4, 0.9), (2, 3, 0.0)])
+def test_scores_are_entered_as_one_by_one(members, envs, chance):
+    env = scripted([[(1, TERMINATED)]] * envs, members=members)
+    state = start(env, policy_for(env, members), members)
+    window = state.recent_returns.shape[1]
+    running = [[(0.0, 0)] * envs for _ in range(members)]
+    recent = [[] for _ in range(members)]
+    rng = np.random.default_rng(7)
+    for _ in range(3):
+        shape = (80, members * envs)
+        reward, ended = rng.integers(-3, 4, shape).astype(np.float32), rng.random(shape) < chance
+        valid = ended | (rng.random(shape) < 0.8)
+        enter_scores_(state, np.where(valid, reward, np.nan), ended, valid)
+        for t, row in itertools.product(range(80), range(members * envs)):
+            member, index = divmod(row, envs)
+            total, length = running[member][index]
+            after = total + float(reward[t, row]) * bool(valid[t, row]), length + int(valid[t, row])
+            if ended[t, row]:
+                recent[member].append(after)
+            running[member][index] = (0.0, 0) if ended[t, row] else after
+        assert state.episodes.tolist() == [len(episodes) for episodes in recent]
+        assert torch.stack([state.episode_return, state.episode_length.float()], -1).tolist() == [
+            [list(map(float, pair)) for pair in own] for own in running
+        ]
+        for member, episodes in enumerate(recent):
+            for place in range(max(0, len(episodes) - window), len(episodes)):
+                slot = place % window
+                found = state.recent_returns[member, slot].item(), state.recent_lengths[member, slot].item()
+                assert found == episodes[place]
 
 
 def test_restart_begins_new_episodes_and_keeps_the_scores():

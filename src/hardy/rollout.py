@@ -160,14 +160,16 @@ def collect(
     state.obs.copy_(obs)
     state.is_first.copy_(is_first)
     state.recurrent.copy_(recurrent)
-    _count_episodes(state, outcomes)
     # An observation that was not finite would otherwise stay in the memory until its episode ends.
     reset_memory_(state, ~recurrent.isfinite().all(-1))
     # Together at the end: writing each step into prepared buffers takes twice the time.
     raw_obs, is_first, actions, outputs, critic = (torch.stack(column, dim=1) for column in zip(*acted, strict=True))
+    by_step = [
+        np.stack([getattr(outcome, name) for outcome in outcomes]) for name in ("reward", "terminated", "truncated", "valid")
+    ]
+    enter_scores_(state, by_step[0], by_step[1] | by_step[2], by_step[3])
     reward, terminated, truncated, valid = (
-        torch.from_numpy(np.stack([getattr(outcome, name) for outcome in outcomes])).view(steps, members, envs).transpose(0, 1)
-        for name in ("reward", "terminated", "truncated", "valid")
+        torch.from_numpy(array).view(steps, members, envs).transpose(0, 1) for array in by_step
     )
     last = step(normalize(state.obs), state.recurrent, state.is_first)[1]
     next_critic = torch.cat([critic[:, 1:], last.unsqueeze(1)], dim=1)
@@ -221,20 +223,37 @@ def assemble(
     )
 
 
-def _count_episodes(state: CollectorState, outcomes: list[EnvStep]) -> None:
+def enter_scores_(
+    state: CollectorState, reward: Float[np.ndarray, "T N"], ended: Bool[np.ndarray, "T N"], valid: Bool[np.ndarray, "T N"]
+) -> None:
+    """Enter a rollout of ``N = P * E`` environments into the running episodes and those that ended, in place.
+
+    Recent episodes follow one another in the order of time, those of one step in that of the environments.
+    """
     # On views as arrays: a few numbers at a time are cheaper there than as tensors.
-    running_return, running_length = state.episode_return.numpy(), state.episode_length.numpy()
-    returns, lengths, episodes = state.recent_returns.numpy(), state.recent_lengths.numpy(), state.episodes.numpy()
-    for step in outcomes:
-        running_return += np.where(step.valid, step.reward, 0.0).reshape(running_return.shape)
-        running_length += step.valid.reshape(running_length.shape)
-        if step.final_obs is None:
-            continue
-        for member, index in np.argwhere((step.terminated | step.truncated).reshape(running_return.shape)):
-            slot = episodes[member] % RECENT_EPISODES
-            returns[member, slot], lengths[member, slot] = running_return[member, index], running_length[member, index]
-            episodes[member] += 1
-            running_return[member, index] = running_length[member, index] = 0
+    running_return, running_length = state.episode_return.view(-1).numpy(), state.episode_length.view(-1).numpy()
+    gained = np.where(valid, reward, 0.0).astype(running_return.dtype, copy=False)
+    places, returns, lengths = ([np.zeros(0, dtype)] for dtype in (np.int64, running_return.dtype, running_length.dtype))
+    for t in range(len(ended)):
+        running_return += gained[t]
+        running_length += valid[t]
+        (place,) = ended[t].nonzero()
+        if place.size:
+            places.append(place)
+            returns.append(running_return[place])
+            lengths.append(running_length[place])
+            running_return[place] = running_length[place] = 0
+    member = np.concatenate(places) // state.episode_return.shape[1]
+    count = np.bincount(member, minlength=len(state.episodes))
+    order = member.argsort(kind="stable")
+    before = np.empty_like(member)  # of the same member
+    before[order] = np.arange(len(member)) - (count.cumsum() - count).repeat(count)
+    episodes = state.episodes.numpy()
+    newest = before >= count[member] - RECENT_EPISODES
+    slot = member[newest], (episodes[member] + before)[newest] % RECENT_EPISODES
+    state.recent_returns.numpy()[slot] = np.concatenate(returns)[newest]
+    state.recent_lengths.numpy()[slot] = np.concatenate(lengths)[newest]
+    episodes += count
 
 
 @torch.no_grad()

@@ -431,9 +431,11 @@ void take_step(const Network& net, int64_t member, int64_t begin, int64_t end, c
 int run(const Network& net) {
     const Kernel kernel = choose(net.level);
     if (net.packing) {
-        for (const Layer* layer = net.layer; layer != net.layer + net.layers; ++layer)
-            for (int64_t member = 0; member < net.members; ++member) kernel.pack(*layer, member);
-        return 0;
+        const bool packed = share_out(static_cast<size_t>(net.members), net.threads, [&](size_t member) {
+            for (const Layer* layer = net.layer; layer != net.layer + net.layers; ++layer)
+                kernel.pack(*layer, static_cast<int64_t>(member));
+        });
+        return packed ? 0 : 1;
     }
     const bool done = share_out(static_cast<size_t>(net.members * net.parts), net.threads, [&](size_t i) {
         const int64_t member = static_cast<int64_t>(i) / net.parts, part = static_cast<int64_t>(i) % net.parts;

@@ -148,21 +148,20 @@ INLINE void transpose(const float* rows, int64_t depth, float* to, int64_t strid
     for (int k = 0; k < LANES; ++k) store(to + k * stride, lines[k], Constant<LANES>{});
 }
 
-// Panels of a matrix [4 hidden, depth], transposed: panel j holds [depth][4 gates][LANES units]. The places of units that the
-// last panel lacks keep any number; what is computed from them is never stored.
+// The same for `count` rows, at most LANES, and any number of columns; the lanes of rows that are not there become 0.
+inline void pack_lanes(const float* rows, int64_t count, int64_t depth, float* to, int64_t stride) {
+    int64_t k = 0;
+    if (count >= LANES)
+        for (; k + LANES <= depth; k += LANES) transpose(rows + k, depth, to + k * stride, stride);
+    for (; k < depth; ++k)
+        for (int64_t lane = 0; lane < LANES; ++lane) to[k * stride + lane] = lane < count ? rows[lane * depth + k] : 0.0f;
+}
+
+// Panels of a matrix [4 hidden, depth], transposed: panel j holds [depth][4 gates][LANES units].
 inline void pack_gates(const float* weight, int64_t hidden, int64_t depth, float* panels) {
-    for (int64_t unit = 0; unit < hidden; unit += LANES, panels += depth * WIDE) {
-        const int64_t units = hidden - unit < LANES ? hidden - unit : LANES;
-        for (int64_t gate = 0; gate < 4; ++gate) {
-            const float* rows = weight + (gate * hidden + unit) * depth;
-            float* to = panels + gate * LANES;
-            int64_t k = 0;
-            if (units == LANES)
-                for (; k + LANES <= depth; k += LANES) transpose(rows + k, depth, to + k * WIDE, WIDE);
-            for (; k < depth; ++k)
-                for (int64_t lane = 0; lane < units; ++lane) to[k * WIDE + lane] = rows[lane * depth + k];
-        }
-    }
+    for (int64_t unit = 0; unit < hidden; unit += LANES, panels += depth * WIDE)
+        for (int64_t gate = 0; gate < 4; ++gate)
+            pack_lanes(weight + (gate * hidden + unit) * depth, hidden - unit, depth, panels + gate * LANES, WIDE);
 }
 
 // One panel: columns first .. first + WIDE - 1, where they exist, of the given rows of a matrix with that many columns.

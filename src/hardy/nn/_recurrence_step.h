@@ -11,28 +11,24 @@ inline int64_t panel_width(const Layer& layer) { return narrow(layer) ? LANES : 
 
 inline int64_t panel_depth(const Layer& layer) { return layer.inputs + (layer.kind == LSTM ? layer.outputs : 0); }
 
-// Panels of one member: a line of biases, then a line for each input and, for an LSTM, each hidden unit. The places of outputs
-// that the last panel lacks keep any number; what is computed from them is never stored.
+// Panels of one member: a line of biases, then a line for each input and, for an LSTM, each hidden unit.
 void pack(const Layer& layer, int64_t member) {
-    const int64_t tile = 16, depth = panel_depth(layer), inputs = layer.inputs, outputs = layer.outputs;
-    const int64_t width = panel_width(layer);
-    const int64_t rows = layer.kind == LSTM ? 4 * outputs : outputs;
-    const float* weight = layer.weight + member * rows * inputs;
-    const float* bias = layer.bias + member * rows;
-    const float* weight_hh = layer.kind == LSTM ? layer.weight_hh + member * rows * outputs : nullptr;
-    const float* bias_hh = layer.kind == LSTM ? layer.bias_hh + member * rows : nullptr;
+    const int64_t depth = panel_depth(layer), inputs = layer.inputs, outputs = layer.outputs, width = panel_width(layer);
+    const bool cells = layer.kind == LSTM;
+    const int64_t rows = cells ? 4 * outputs : outputs;
     float* panel = layer.panels + member * layer.panel_stride;
     for (int64_t at = 0; at < outputs; at += panel_outputs(layer), panel += (1 + depth) * width)
-        for (int64_t begin = 0; begin < depth; begin += tile) {
-            const int64_t end = begin + tile < depth ? begin + tile : depth;
-            for (int64_t lane = 0; lane < width; ++lane) {
-                const int64_t unit = layer.kind == LSTM ? at + lane % LANES : at + lane;
-                if (unit >= outputs) continue;
-                const int64_t row = layer.kind == LSTM ? lane / LANES * outputs + unit : unit;
-                if (begin == 0) panel[lane] = layer.kind == LSTM ? bias[row] + bias_hh[row] : bias[row];
-                for (int64_t k = begin; k < end; ++k)
-                    panel[(1 + k) * width + lane] = k < inputs ? weight[row * inputs + k] : weight_hh[row * outputs + k - inputs];
+        for (int64_t lane = 0; lane < width; lane += LANES) {
+            // Of the row that comes first, and how many there are: a gate's units, or outputs side by side.
+            const int64_t row = cells ? lane / LANES * outputs + at : at + lane, count = cells ? outputs - at : outputs - row;
+            for (int64_t i = 0; i < LANES; ++i) {
+                const int64_t place = member * rows + row + i;
+                panel[lane + i] = i >= count ? 0.0f : cells ? layer.bias[place] + layer.bias_hh[place] : layer.bias[place];
             }
+            float* const to = panel + width + lane;
+            pack_lanes(layer.weight + (member * rows + row) * inputs, count, inputs, to, width);
+            if (cells)
+                pack_lanes(layer.weight_hh + (member * rows + row) * outputs, count, outputs, to + inputs * width, width);
         }
 }
 

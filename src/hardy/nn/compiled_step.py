@@ -104,7 +104,7 @@ class CompiledStep(PolicyStep):
         outputs = rows // 4 if kind == "lstm" else rows
         lines = 1 + inputs + (outputs if kind == "lstm" else 0)
         stride = -(-(rows + WIDEST) * lines // WIDEST) * WIDEST
-        panels = held[0].new_zeros(self.members, stride)
+        panels = held[0].new_empty(self.members, stride)
         output = held[0].new_empty(self.members, self.envs, 0 if kind == "lstm" else outputs)
         layer = _Layer(KINDS[kind], inputs, outputs, source, hidden_at, cell_at, stride)
         names = ("weight", "bias", "weight_hh", "bias_hh", "panels", "output")
