@@ -303,6 +303,7 @@ class PPO:
                     with phase("metrics"):
                         split = self._split_norms(part, hyper, gradients)
                 self._apply(gradients, metrics, hyper, state, generators["noise"], progress)
+                del gradients  # the next ones take their memory, which is still in a cache
             if not progress.running.any():
                 break
         self._follow_returns(rollout, hyper)

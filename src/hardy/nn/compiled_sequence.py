@@ -178,11 +178,14 @@ class _LinearCall:
     def backward(
         self, made: Sequence[Tensor], grad_output: Tensor, empty: Callable[..., Tensor], grad_x: Tensor | None, adds: bool
     ) -> list[Tensor]:
-        """Gradients of the weights; those of the inputs are written or added to ``grad_x`` where that is given."""
+        """Gradients of the weights; those of the inputs are written or added to ``grad_x`` where that is given.
+
+        Behind an activation, ``grad_output`` is written over with the gradients ahead of it.
+        """
         grads = {"grad_weight": torch.empty_like(self.weight), "grad_bias": torch.empty_like(self.bias)}
         optional = {} if grad_x is None else {"grad_x": grad_x}
         if self._problem.kind != KINDS["linear"]:
-            optional["grad_sums"] = empty(*self._outputs)
+            optional["grad_sums"] = grad_output
         self._problem.adds = adds
         self._run(**dict(zip(("output", "before"), made, strict=False)), grad_output=grad_output, **grads, **optional)
         return list(grads.values())
@@ -217,6 +220,11 @@ class CompiledSequence(Layers):
 
     def pack(self, actor: int, *critics: int) -> Self:
         self.results = (actor, *critics)
+        for place in self.results:
+            layer = self.layers[place]
+            # Or the backward pass would write over the caller's gradients.
+            assert isinstance(layer, _LinearLayer)
+            assert layer.kind == KINDS["linear"]
         return self
 
     def supports(self, obs: Tensor, state: Tensor) -> bool:
