@@ -42,7 +42,7 @@ clean: ## remove environments, caches and builds; artifacts/ stays
 	rm -rf .venv .venv-bench src/hardy/*/*.so build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
-# What the compiled libraries are built from: a change installs anew.
+# What the compiled library are built from: a change installs anew.
 KERNEL := setup.py $(wildcard src/hardy/*/*.cpp src/hardy/*/*.h)
 
 define ENVIRONMENT
@@ -57,7 +57,7 @@ $(INSTALLED): pyproject.toml constraints.txt $(KERNEL)
 	@$(INSTALL) -e .
 	@touch $@
 
-# Not by way of the other: that would build the compiled libraries twice.
+# Not by way of the other: that would build the compiled library twice.
 $(INSTALLED_DEV): pyproject.toml constraints.txt $(KERNEL)
 	$(ENVIRONMENT)
 	@$(INSTALL) -e '.[dev]'

@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the optional compiled libraries (see `hardy.nn.compiled` and `hardy.optim.compiled`)."""
+"""What pyproject.toml cannot say: the optional compiled library (see `hardy.nn.compiled` and `hardy.optim.compiled`)."""
 
 import glob
 
@@ -6,19 +6,17 @@ from setuptools import Extension, setup
 
 # No debug information: it is half a megabyte. Products and sums may be fused; NaN and infinity stay what they are.
 OPTIONS = "-std=c++17 -O3 -g0 -ffp-contract=fast -fvisibility=hidden -Wno-psabi -pthread"
-LIBRARIES = {"nn": "_recurrence", "optim": "_upgd"}
 
 setup(
     ext_modules=[
         Extension(
-            f"hardy.{package}.{name}",
-            sources=[f"src/hardy/{package}/{name}.cpp"],
-            depends=sorted(glob.glob(f"src/hardy/{package}/{name}_*.h")),
+            "hardy._compiled",
+            sources=["src/hardy/nn/_recurrence.cpp", "src/hardy/optim/_upgd.cpp"],
+            depends=sorted(glob.glob("src/hardy/**/*.h", recursive=True)),
             extra_compile_args=OPTIONS.split(),
             extra_link_args=["-pthread"],
             # Without a compiler that can, Hardy installs all the same, and PyTorch's kernels do the work.
             optional=True,
         )
-        for package, name in LIBRARIES.items()
     ]
 )

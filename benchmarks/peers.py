@@ -64,7 +64,7 @@ HARDY = Library(
     population=True,
 )
 PURE = dataclasses.replace(
-    HARDY, name="hardy-pure", remarks="the same without its compiled libraries", environment={"HARDY_COMPILED": "0"}
+    HARDY, name="hardy-pure", remarks="the same without its compiled library", environment={"HARDY_COMPILED": "0"}
 )
 OURS = (HARDY, PURE)
 PEERS = (

@@ -161,7 +161,7 @@ def compare(
 
     Returns:
         What JSON can hold: ``work``, ``libraries`` (name: version, weights, remarks, steps_per_second, median, …), ``ratios``
-        of Hardy, with and without its compiled libraries, to each peer (name of `OURS`: name: median, lowest, highest),
+        of Hardy, with and without its compiled library, to each peer (name of `OURS`: name: median, lowest, highest),
         ``skipped`` (name: reason), ``interrupted``.
     """
     iterations = max(steps // (num_envs * Work.num_steps * population), 2)

@@ -1,4 +1,4 @@
-"""The compiled libraries' instruction sets, of which a processor may lack the newer ones."""
+"""The compiled library's instruction sets, of which a processor may lack the newer ones."""
 
 from __future__ import annotations
 

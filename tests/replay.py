@@ -74,5 +74,5 @@ def captured_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
         return self._result
 
     monkeypatch.setattr(Captured, "__call__", call)
-    monkeypatch.setenv("HARDY_COMPILED", "0")  # the compiled libraries are no operations of PyTorch, and CUDA has none
+    monkeypatch.setenv("HARDY_COMPILED", "0")  # what the compiled library does is no operation of PyTorch
     return recordings

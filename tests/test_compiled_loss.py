@@ -17,7 +17,7 @@ from hardy.ops.critic import CriticSettings
 from hardy.parallel import set_threads
 from hardy.policy import ActorCritic, PolicySettings
 
-pytestmark = pytest.mark.skipif(not compiled_loss.available(), reason="Hardy was installed without its compiled libraries")
+pytestmark = pytest.mark.skipif(not compiled_loss.available(), reason="Hardy was installed without its compiled library")
 P, T, E, A = 3, 11, 7, 5
 CRITICS = {
     "mean": {"quantiles": 1},

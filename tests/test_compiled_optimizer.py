@@ -225,13 +225,15 @@ if library.available():
     @pytest.mark.parametrize("members", [1, 3])
     def test_squares_are_summed_by_member(members: int, level: int) -> None:
         tensors = [torch.randn(members, *shape) for shape in ((3, 5), (1,), (97, 101), (0,))]
-        found = library.member_squares(tensors, level)
+        found = library.member_squares(tensors, 2, level)
         assert found is not None
         torch.testing.assert_close(found, sum(t.double().flatten(1).square().sum(1) for t in tensors), rtol=1e-6, atol=0)
         for spoiled, wanted in ((torch.nan, torch.nan), (-torch.inf, torch.inf), (1e30, torch.inf)):
             tensors[2][0, -1, -1] = spoiled
-            torch.testing.assert_close(library.member_squares(tensors, level)[0].float(), torch.tensor(wanted), equal_nan=True)
-            torch.testing.assert_close(library.member_squares(tensors, level)[1:], found[1:], rtol=0, atol=0)
+            torch.testing.assert_close(
+                library.member_squares(tensors, 2, level)[0].float(), torch.tensor(wanted), equal_nan=True
+            )
+            torch.testing.assert_close(library.member_squares(tensors, 2, level)[1:], found[1:], rtol=0, atol=0)
 
     def test_squares_are_of_float32_on_the_cpu_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = torch.ones(2, 6)

@@ -19,7 +19,7 @@ from hardy.ops.critic import CriticSettings
 from hardy.parallel import set_threads
 from hardy.policy import ActorCritic, PolicySettings
 
-pytestmark = pytest.mark.skipif(not compiled_sequence.available(), reason="Hardy was installed without its compiled libraries")
+pytestmark = pytest.mark.skipif(not compiled_sequence.available(), reason="Hardy was installed without its compiled library")
 P, T, E, O = 3, 9, 7, 5  # noqa: E741
 POLICIES = {
     "shared": {},

@@ -1,4 +1,4 @@
-"""What Hardy's optional compiled libraries share: where they are found, and how they are switched off."""
+"""Hardy's optional compiled library: where it is found, and how it is switched off."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ NEWEST_INSTRUCTIONS = 2
 
 
 def switched_on() -> bool:
-    """Whether compiled libraries may be used: not with ``HARDY_COMPILED=0`` in the environment."""
+    """Whether the compiled library may be used: not with ``HARDY_COMPILED=0`` in the environment."""
     return os.environ.get("HARDY_COMPILED") != "0"
 
 
-def load(folder: Path, file: str, function: str, version: int) -> ctypes.CDLL | None:
-    """The library called ``file`` in a folder, if it was built there, with ``function(structure*) -> int`` ready to be called.
+def load(function: str, version: int) -> ctypes.CDLL | None:
+    """The library, if it was built, with ``function(structure*) -> int`` ready to be called.
 
     Args:
         version: of the structure; a library is left alone if its ``function_version()`` is another.
     """
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"{file}{suffix}"
+        path = Path(__file__).parent / f"_compiled{suffix}"
         if path.exists():
             try:
                 library = ctypes.CDLL(str(path))

@@ -436,5 +436,5 @@ def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tens
 def _finite(gradients: Mapping[str, Tensor]) -> Bool[Tensor, "P"]:
     """Members all of whose gradients are finite, and their squares too: norms and second moments are made of those."""
     tensors = list(gradients.values())
-    squares = compiled.member_squares(tensors)
+    squares = compiled.member_squares(tensors, pool().threads)
     return (member_norm(tensors).square() if squares is None else squares.float()).isfinite()

@@ -43,7 +43,7 @@ class Comparison:
         changes: of every ratio that both have, in the new result's order.
         missing: names of the ratios that one of them lacks.
         machines_differ: whether they were measured on different processors or numbers of cores.
-        compiled_differs: whether only one of them was measured with Hardy's compiled libraries.
+        compiled_differs: whether only one of them was measured with Hardy's compiled library.
     """
 
     changes: tuple[Change, ...]

@@ -52,7 +52,7 @@ def machine_lines(machine: Machine) -> list[str]:
     libraries = "with" if machine.compiled else "without"
     return [
         f"{machine.processor}, {machine.cores} cores, {machine.memory_mib:,} MiB, {machine.system}.",
-        f"{versions}; {libraries} Hardy's compiled libraries.",
+        f"{versions}; {libraries} Hardy's compiled library.",
     ]
 
 
@@ -73,7 +73,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     if comparison.machines_differ:
         lines.append("The results come from different machines, whose ratios may differ by themselves.")
     if comparison.compiled_differs:
-        lines.append("Only one of the results was measured with Hardy's compiled libraries.")
+        lines.append("Only one of the results was measured with Hardy's compiled library.")
     if comparison.missing:
         sections = ", ".join(sorted({name.split(":")[0] for name in comparison.missing}))
         lines.append(f"Not compared, because one of the results lacks them: {len(comparison.missing)} ratios of {sections}.")

@@ -84,7 +84,7 @@ class Machine(Settings):
     memory_mib: int
     system: str
     compiled: bool
-    """Whether Hardy's compiled libraries were used."""
+    """Whether Hardy's compiled library was used."""
     versions: dict[str, str]
 
 

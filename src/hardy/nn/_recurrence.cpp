@@ -20,9 +20,11 @@
 #include <utility>
 #include <vector>
 
-#include "_recurrence_threads.h"
+#include "../_threads.h"
 
 namespace {
+
+using hardy::share_out;
 
 struct Problem {
     int64_t members, steps, envs, inputs, hidden;

@@ -1,9 +1,9 @@
-"""The LSTM over whole sequences in a small compiled library, for float32 on the CPU.
+"""The LSTM over whole sequences in the compiled library, for float32 on the CPU.
 
-The library (`_recurrence.cpp`) is built when Hardy is installed, if there is a C++ compiler that can. It cuts the sequences at
-their episode starts and runs the pieces side by side without padding, one call for all members and threads, forward or
-backward, and releases the interpreter lock. Without it, or with ``HARDY_COMPILED=0`` in the environment, PyTorch's kernels
-give the same results.
+The library is built when Hardy is installed, if there is a C++ compiler that can. This part of it, `_recurrence.cpp`, cuts the
+sequences at their episode starts and runs the pieces side by side without padding, one call for all members and threads,
+forward or backward, and releases the interpreter lock. Without it, or with ``HARDY_COMPILED=0`` in the environment, PyTorch's
+kernels give the same results.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return load(Path(__file__).parent, "_recurrence", "hardy_lstm", VERSION)
+    return load("hardy_lstm", VERSION)
 
 
 def available() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ class _Loss(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return load(Path(__file__).parent, "_recurrence", "hardy_loss", VERSION)
+    return load("hardy_loss", VERSION)
 
 
 def available() -> bool:

@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -48,7 +47,7 @@ class _Linear(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return load(Path(__file__).parent, "_recurrence", "hardy_linear", VERSION)
+    return load("hardy_linear", VERSION)
 
 
 def available() -> bool:

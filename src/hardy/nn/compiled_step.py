@@ -12,7 +12,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
@@ -57,7 +56,7 @@ class _Network(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return load(Path(__file__).parent, "_recurrence", "hardy_policy_step", VERSION)
+    return load("hardy_policy_step", VERSION)
 
 
 def available() -> bool:

@@ -17,9 +17,10 @@
 #include <cstdint>
 #include <limits>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
+
+#include "../_threads.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -69,7 +70,7 @@ struct Problem {
 
 // What each member's rows of all tensors sum to when squared.
 struct Squares {
-    int64_t members, tensors, level;
+    int64_t members, tensors, threads, level;
     const int64_t* sizes;        // of one member's rows
     const float* const* tensor;  // [P, ...] each
     double* sum;                 // [P]
@@ -180,49 +181,40 @@ void run(const Problem& problem) {
     for (int64_t m = 0; m < problem.members; ++m)
         if (problem.active[m]) members.push_back(m);
     const auto count = static_cast<int64_t>(members.size());
+    hardy::Helpers::Turn turn(static_cast<size_t>(problem.threads - 1));
+    const auto threads = static_cast<int64_t>(turn.threads());
     // A member for each thread where there are enough of them, else all threads for one member after the other.
-    const bool apart = count >= problem.threads;
-    const int64_t workers = apart ? problem.threads : 1;
-    const int64_t share = (apart || problem.threads == 1 ? plan.largest : plan.first.back()) * BLOCK;
+    const bool apart = count >= threads;
+    const int64_t workers = apart ? threads : 1;
+    const int64_t share = (apart ? plan.largest : plan.first.back()) * BLOCK;
     static thread_local std::vector<float> memory;  // kept: fresh memory is slow
     if (memory.size() < static_cast<size_t>(workers * share)) memory.resize(static_cast<size_t>(workers * share));
     std::vector<Member> workspaces;
     for (int64_t t = 0; t < workers; ++t) workspaces.emplace_back(problem, plan, kernel, memory.data() + t * share);
-    std::vector<std::thread> others;
-    others.reserve(static_cast<size_t>(problem.threads));
-    std::atomic<int64_t> next{0}, ready{0};
-    Team* shared = nullptr;
-    const auto work = [&](int64_t rank) {
+    Team team(apart ? 1 : threads);
+    std::atomic<int64_t> arrived{0}, next{0};
+    turn.run([&] {
+        const int64_t rank = arrived++;
         if (apart) {
             Team alone(1);
             for (int64_t i = next++; i < count; i = next++)
                 workspaces[static_cast<size_t>(rank)].run(members[static_cast<size_t>(i)], alone, 0);
         } else {
-            while (ready.load() == 0) std::this_thread::yield();
-            for (const int64_t m : members) workspaces[0].run(m, *shared, rank);
+            for (const int64_t m : members) workspaces[0].run(m, team, rank);
         }
-    };
-    try {
-        for (int64_t rank = 1; rank < problem.threads; ++rank) others.emplace_back(work, rank);
-    } catch (const std::system_error&) {
-        // No more threads to be had: those there are do all of it.
-    }
-    Team team(static_cast<int64_t>(others.size()) + 1);
-    shared = &team;
-    ready = 1;
-    work(0);
-    for (std::thread& other : others) other.join();
+    });
 }
 
 void run(const Squares& given) {
     const Kernel& kernel = choose(given.level);
-    for (int64_t m = 0; m < given.members; ++m) {
+    hardy::share_out(static_cast<size_t>(given.members), given.threads, [&](size_t member) {
+        const auto m = static_cast<int64_t>(member);
         double sum = 0;
         for (int64_t k = 0; k < given.tensors; ++k)
             for (int64_t begin = 0; begin < given.sizes[k]; begin += BLOCK)
                 sum += kernel.squares(given.tensor[k] + m * given.sizes[k] + begin, std::min(BLOCK, given.sizes[k] - begin));
         given.sum[m] = sum;
-    }
+    });
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
-"""One step of the optimizers in a small compiled library, for float32 on the CPU.
+"""One step of the optimizers in the compiled library, for float32 on the CPU.
 
-The library (`_upgd.cpp`) is built when Hardy is installed, if there is a C++ compiler that can. It does what the chain of
-transformations does, from the measurement to the descent, to rounding: in three or four passes over memory instead of about
-25, one call for all members and threads, with the interpreter lock released. Without it, or with ``HARDY_COMPILED=0`` in the
-environment, the chain does the work.
+The library is built when Hardy is installed, if there is a C++ compiler that can. This part of it, `_upgd.cpp`, does what the
+chain of transformations does, from the measurement to the descent, to rounding: in three or four passes over memory instead of
+about 25, one call for all members and threads, with the interpreter lock released. Without it, or with ``HARDY_COMPILED=0`` in
+the environment, the chain does the work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from hardy.optim.vgs import Scopes, VGSState, contributions, record_factors
 VERSION = 2
 """Of the structures; a library built from sources of another version is not used."""
 SMALLEST_PART = 250_000
-"""Weights, of all members, below which a part of a step is not worth a thread, which is made in each call."""
+"""Weights, of all members, below which a part of a step is not worth a thread, which may have to be woken (measured)."""
 _NUMBERS = {
     "lr": 0.0, "coupled_decay": 0.0, "decoupled_decay": 0.0, "beta_utility": 0.0, "sigma": 0.0, "step_factor": 1.0,
     "max_grad_norm": math.inf, "beta1": 0.0, "beta2": 0.0, "eps": 0.0, "vgs.alpha": 0.0, "vgs.min_scale": 0.0,
@@ -61,7 +60,7 @@ class _Squares(ctypes.Structure):
     """Mirrors `Squares` in `_upgd.cpp`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("members", "tensors", "level")),
+        *((name, ctypes.c_int64) for name in ("members", "tensors", "threads", "level")),
         *((name, ctypes.c_void_p) for name in ("sizes", "tensor", "sum")),
     ]
 
@@ -77,7 +76,7 @@ class Measuring(NamedTuple):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    return load(Path(__file__).parent, "_upgd", "hardy_upgd", VERSION)
+    return load("hardy_upgd", VERSION)
 
 
 def available() -> bool:
@@ -110,19 +109,24 @@ def fit(weights: Sequence[Tensor], gradients: Sequence[Tensor], kept: Iterable[T
     )
 
 
-def member_squares(tensors: Sequence[Shaped[Tensor, "P ..."]], level: int = NEWEST_INSTRUCTIONS) -> Float[Tensor, "P"] | None:
+def member_squares(
+    tensors: Sequence[Shaped[Tensor, "P ..."]], threads: int = 1, level: int = NEWEST_INSTRUCTIONS
+) -> Float[Tensor, "P"] | None:
     """Sum of squares of each member's rows of all tensors together, float64; None where the library cannot be used.
 
     Args:
+        threads: at most that many; they do not change the result.
         level: the newest instruction set to use.
     """
     library = _library() if switched_on() else None
     if library is None or any(t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
         return None
     sums = torch.empty(len(tensors[0]), dtype=torch.float64, device="cpu")
-    places = array("q", [t.numel() // len(t) for t in tensors] + [t.data_ptr() for t in tensors])
+    sizes = [t.numel() // len(t) for t in tensors]
+    places = array("q", sizes + [t.data_ptr() for t in tensors])
     address, _ = places.buffer_info()
-    given = _Squares(len(sums), len(tensors), level, address, address + len(tensors) * places.itemsize, sums.data_ptr())
+    useful = max(1, min(threads, len(sums) * sum(sizes) // SMALLEST_PART))
+    given = _Squares(len(sums), len(tensors), useful, level, address, address + len(tensors) * places.itemsize, sums.data_ptr())
     library.hardy_squares(ctypes.byref(given))
     return sums
 

@@ -1,4 +1,6 @@
-// Sharing out the tasks of a call among threads.
+// Threads for the compiled library's calls, the same ones for all of them.
+
+#pragma once
 
 #include <unistd.h>
 
@@ -12,12 +14,44 @@
 #include <system_error>
 #include <thread>
 
-namespace {
+namespace hardy {
 
 // Threads that take part in calls. They are made once, stay awake for a moment after a call, since the steps of a rollout
 // follow closely on one another, and then sleep. Nothing tells when the last call has been, so they never end.
 class Helpers {
   public:
+    // One caller at a time has the helpers; whoever asks meanwhile works alone.
+    class Turn {
+      public:
+        // Asks for so many helpers.
+        explicit Turn(size_t wanted) {
+            if (wanted == 0) return;
+            helpers_ = &of_this_process();
+            lock_ = std::unique_lock<std::mutex>(helpers_->turn_, std::try_to_lock);
+            if (lock_.owns_lock()) threads_ += helpers_->at_least(wanted);
+        }
+
+        // That work together, the caller among them.
+        size_t threads() const { return threads_; }
+
+        // Calls work() on each of these threads, once.
+        template <class Work>
+        void run(const Work& work) {
+            if (threads_ == 1)
+                work();
+            else
+                helpers_->run(threads_ - 1, work);
+        }
+
+      private:
+        Helpers* helpers_ = nullptr;
+        std::unique_lock<std::mutex> lock_;
+        size_t threads_ = 1;
+    };
+
+  private:
+    static constexpr std::chrono::microseconds AWAKE{1000};
+
     static Helpers& of_this_process() {
         static std::mutex mutex;
         static Helpers* helpers = nullptr;
@@ -27,16 +61,18 @@ class Helpers {
         return *helpers;
     }
 
-    // Calls work() here and on `wanted` helpers; here only, while the helpers work for another caller.
-    template <class Work>
-    void run(size_t wanted, const Work& work) {
-        const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-        if (!turn.owns_lock()) return work();
+    // How many of `wanted` helpers there are, once those that lack have been made.
+    size_t at_least(size_t wanted) {
         try {
             for (; count_ < wanted; ++count_) std::thread(&Helpers::serve, this, count_, round_.load()).detach();
         } catch (const std::system_error&) {
             // No more threads to be had: those there are do all of it.
         }
+        return std::min(count_, wanted);
+    }
+
+    template <class Work>
+    void run(size_t wanted, const Work& work) {
         call_ = [](const void* work) { (*static_cast<const Work*>(work))(); };
         work_ = &work;
         wanted_ = wanted;
@@ -49,9 +85,6 @@ class Helpers {
         work();
         while (pending_ > 0) std::this_thread::yield();
     }
-
-  private:
-    static constexpr std::chrono::microseconds AWAKE{1000};
 
     [[noreturn]] void serve(size_t index, int64_t seen) {
         for (;; ++seen) {
@@ -81,19 +114,15 @@ template <class Task>
 bool share_out(size_t count, int64_t threads, const Task& task) {
     std::atomic<size_t> next{0};
     std::atomic<bool> failed{false};
-    const auto work = [&] {
+    Helpers::Turn turn(std::max<size_t>(1, std::min(static_cast<size_t>(threads), count)) - 1);
+    turn.run([&] {
         try {
             for (size_t i = next++; i < count; i = next++) task(i);
         } catch (const std::bad_alloc&) {
             failed = true;
         }
-    };
-    const auto useful = std::min(static_cast<size_t>(threads), count);
-    if (useful > 1)
-        Helpers::of_this_process().run(useful - 1, work);
-    else
-        work();
+    });
     return !failed;
 }
 
-}  // namespace
+}  // namespace hardy
