@@ -305,6 +305,7 @@ class _Sequence(torch.autograd.Function):
         obs, state, is_first, *weights = ctx.saved_tensors
         given = dataclasses.replace(ctx.given, state=state, is_first=is_first)
         sequence, made = ctx.sequence, ctx.made
+        spent, ctx.spent = ctx.spent, True  # even if this fails half-way
         loan = sequence.buffers.lend()
         gradient = {place: grad.contiguous() for place, grad in zip(sequence.results, grad_outputs, strict=True)}
         found: list[list[Tensor]] = []
@@ -315,10 +316,9 @@ class _Sequence(torch.autograd.Function):
             if not adds and (not at_start or ctx.needs_input_grad[2]):
                 gradient[layer.source] = torch.empty_like(obs) if at_start else loan.empty(*inputs.shape)
             call = layer.prepare(given, inputs, own)
-            if ctx.spent and isinstance(call, LSTMCall):
+            if spent and isinstance(call, LSTMCall):
                 call.restore(made[place])
             found.append(call.backward(made[place], gradient[place], loan.empty, gradient.get(layer.source), adds))
-        ctx.spent = True
         return None, None, gradient.get(OBSERVATION), *(grad for grads in reversed(found) for grad in grads)
 
 

@@ -121,6 +121,8 @@ def member_squares(
     library = _library() if switched_on() else None
     if library is None or any(t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
         return None
+    if not tensors or not len(tensors[0]) or any(len(t) != len(tensors[0]) for t in tensors):
+        return None  # the library follows bare addresses
     sums = torch.empty(len(tensors[0]), dtype=torch.float64, device="cpu")
     sizes = [t.numel() // len(t) for t in tensors]
     places = array("q", sizes + [t.data_ptr() for t in tensors])
