@@ -39,11 +39,11 @@ bench: $(INSTALLED) ## measure speed and memory, and training beside other libra
 	$(BIN)/python -m benchmarks
 
 clean: ## remove environments, caches and builds; artifacts/ stays
-	rm -rf .venv .venv-bench src/hardy/*/*.so build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv .venv-bench src/hardy/*.so build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
 
-# What the compiled library are built from: a change installs anew.
-KERNEL := setup.py $(wildcard src/hardy/*/*.cpp src/hardy/*/*.h)
+# What the compiled library is built from: a change installs anew.
+KERNEL := setup.py $(wildcard src/hardy/*.h src/hardy/*/*.cpp src/hardy/*/*.h)
 
 define ENVIRONMENT
 	@command -v $(PYTHON) >/dev/null || { echo "Hardy needs Python 3.11 or newer, and $(PYTHON) is not there: make PYTHON=/path/to/python" >&2; exit 1; }

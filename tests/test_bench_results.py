@@ -176,7 +176,7 @@ def test_other_machines_are_told() -> None:
     assert any("different machines" in line for line in comparison_lines(comparison))
 
 
-def test_a_result_without_the_compiled_libraries_is_told() -> None:
+def test_a_result_without_the_compiled_library_is_told() -> None:
     pure = MACHINE.model_copy(update={"compiled": False})
     lines = comparison_lines(compare(result_of(ratio_of("a", 1.0)), result_of(ratio_of("a", 1.0), machine=pure)))
     assert "Only one of the results was measured with Hardy's compiled library." in lines

@@ -165,13 +165,7 @@ if compiled.available():
     def test_work_is_cut_so_that_threads_end_together(monkeypatch):
         seen = []
 
-        class Library:
-            @staticmethod
-            def hardy_lstm(problem):
-                seen.append((problem._obj.parts, problem._obj.threads))
-                return 0
-
-        monkeypatch.setattr(compiled, "_library", Library)
+        monkeypatch.setattr(compiled, "_lstm", lambda problem, what: seen.append((problem.parts, problem.threads)))
         monkeypatch.setattr(compiled, "SMALLEST_PART", 100 * 4 * 10 * 20)  # two environments' worth of what is below
         cases = {(1, 2, 8): (1, 1), (1, 3, 8): (1, 1), (1, 4, 8): (2, 2), (1, 64, 8): (8, 8), (3, 64, 2): (2, 2),
                  (4, 64, 2): (1, 2), (6, 64, 4): (2, 4), (8, 64, 2): (1, 2), (64, 4, 8): (1, 8)}  # fmt: skip

@@ -240,18 +240,15 @@ if library.available():
         assert library.member_squares([whole]) is not None
         for other in (whole.double(), whole[:, ::2], whole.to("meta")):
             assert library.member_squares([whole, other]) is None
+        for nobody in ([], [whole[:0]]):
+            assert library.member_squares(nobody) is None
         monkeypatch.setenv("HARDY_COMPILED", "0")
         assert library.member_squares([whole]) is None
 
     def test_threads_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
 
-        class Spy:
-            def hardy_upgd(self, problem: Any) -> int:
-                seen.append(problem._obj.threads)
-                return 0
-
-        monkeypatch.setattr(library, "_library", lambda: Spy())
+        monkeypatch.setattr(library, "_upgd", lambda problem, what: seen.append(problem.threads))
         set_threads(3)
         for smallest in (10**9, 1):
             monkeypatch.setattr(library, "SMALLEST_PART", smallest)
@@ -322,11 +319,7 @@ if library.available():
         assert expected.shape == results[0].shape
 
     def test_memory_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-        class Poor:
-            def hardy_upgd(self, problem: Any) -> int:
-                return 1
-
-        monkeypatch.setattr(library, "_library", lambda: Poor())
+        monkeypatch.setattr(library._upgd, "_found", lambda structure: 1)
         with pytest.raises(MemoryError, match="the step of 17856 weights"):
             Run([0], {}, {}).steps(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import re
 
 import pytest
@@ -308,6 +309,29 @@ def test_graphs_alive_at_once_share_no_memory_and_a_graph_can_be_followed_twice(
         results(policy, *other)
 
 
+@pytest.mark.parametrize("failing", range(1, 4))
+def test_a_graph_whose_gradients_failed_half_way_gives_them_when_asked_again(failing, monkeypatch):
+    policy = policy_of(memory="lstm")
+    given = draw(policy)
+    wanted = results(policy, *given)[2:]
+    obs = given[0].clone().requires_grad_()
+    outputs = policy.outputs(obs, *given[1:])
+    calls = itertools.count(1)
+    original = compiled_sequence._linear
+
+    def short_of_memory(problem, what):
+        if next(calls) == failing:
+            raise MemoryError(what())
+        original(problem, what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_sequence, "_linear", short_of_memory)
+        with pytest.raises(MemoryError):
+            gradients(policy, outputs, obs, retain_graph=True)
+    for mine, theirs in zip(gradients(policy, outputs, obs), wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def addresses(buffers):
     return sorted(tensor.data_ptr() for kept in buffers._free.values() for tensor in kept)
 
@@ -508,13 +532,7 @@ def test_it_is_for_float32_and_can_be_switched_off(monkeypatch, calls):
 def test_small_layers_are_not_shared_out(threads, units, useful, monkeypatch):
     seen = []
 
-    class Library:
-        @staticmethod
-        def hardy_linear(problem):
-            seen.append(problem._obj.threads)
-            return 0
-
-    monkeypatch.setattr(compiled_sequence, "_library", Library)
+    monkeypatch.setattr(compiled_sequence, "_linear", lambda problem, what: seen.append(problem.threads))
     policy = policy_of(memory="none", encoder=(64,))
     monkeypatch.setattr(compiled_sequence, "SMALLEST_PART", int(P * T * E * 64 * (O + ACTIVATION) / units))
     set_threads(threads)
@@ -524,14 +542,7 @@ def test_small_layers_are_not_shared_out(threads, units, useful, monkeypatch):
 
 def test_a_head_of_few_outputs_is_shared_out_like_one_that_fills_a_vector(monkeypatch):
     seen = {}
-
-    class Library:
-        @staticmethod
-        def hardy_linear(problem):
-            seen[problem._obj.outputs] = problem._obj.threads
-            return 0
-
-    monkeypatch.setattr(compiled_sequence, "_library", Library)
+    monkeypatch.setattr(compiled_sequence, "_linear", lambda problem, what: seen.update({problem.outputs: problem.threads}))
     policy = policy_of(memory="none", encoder=(64,))
     few = policy.actor.output.bias.shape[1]
     assert few < 16
@@ -542,12 +553,7 @@ def test_a_head_of_few_outputs_is_shared_out_like_one_that_fills_a_vector(monkey
 
 
 def test_memory_that_is_not_there_is_an_error_of_its_own(monkeypatch):
-    class Library:
-        @staticmethod
-        def hardy_linear(problem):
-            return 1
-
-    monkeypatch.setattr(compiled_sequence, "_library", Library)
+    monkeypatch.setattr(compiled_sequence._linear, "_found", lambda structure: 1)
     policy = policy_of()
     with pytest.raises(MemoryError, match=rf"\({P}, {T}, {E}, {O}\)"):
         policy.outputs(*draw(policy))

@@ -110,6 +110,13 @@ def test_the_wheel_holds_everything(tmp_path: Path) -> None:
     assert compiled_in(held) == ([LIBRARY] if shutil.which(compiler.split()[0]) else [])
 
 
+def test_a_change_of_any_source_of_the_library_builds_it_anew() -> None:
+    database = subprocess.run(["make", "-pn", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    (kernel,) = re.findall(r"^KERNEL := (.*)$", database, flags=re.MULTILINE)
+    sources = {str(file.relative_to(ROOT)) for file in [*SOURCE.rglob("*.cpp"), *SOURCE.rglob("*.h")]}
+    assert sources | {"setup.py"} == set(kernel.split())
+
+
 def test_a_compiler_that_fails_does_not_stop_the_build(tmp_path: Path) -> None:
     wheel = build(tmp_path, "wheel", CC="false", CXX="false")
     with zipfile.ZipFile(wheel) as archive:

@@ -85,24 +85,24 @@ class Batch:
     valid: Bool[Tensor, "P T E"]
 
     def environments(self, chosen: Tensor | slice) -> Batch:
-        """The same of some environments: a slice for all members, or indices ``[P, E']`` for each."""
+        """The same of some environments: a slice for all members, or for each its own indices ``[P, E']``, from 0 to E - 1."""
+        members, steps, envs = self.valid.shape
+        if isinstance(chosen, slice):
+
+            def select(value: Tensor, outer: int) -> Tensor:
+                return value[(slice(None),) * outer + (chosen,)]
+        else:
+            # One index for all members: a selection for each would be P times as many small operations.
+            places = torch.arange(members * steps, device=chosen.device) * envs
+            index = {1: places[:members, None] + chosen, 2: places.view(members, steps, 1) + chosen[:, None]}
+
+            def select(value: Tensor, outer: int) -> Tensor:
+                rows = index[outer]
+                return value.flatten(0, outer).index_select(0, rows.flatten()).view(*rows.shape, *value.shape[outer + 1 :])
 
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        axes = {name: 1 if name == "initial_state" else 2 for name in fields}
-        if isinstance(chosen, slice):
-            return Batch(
-                **{name: value[:, :, chosen] if axes[name] == 2 else value[:, chosen] for name, value in fields.items()}
-            )
-        # One index for all members: a selection for each would be P times as many small operations.
-        members, steps, envs = self.valid.shape
-        places = torch.arange(members * steps, device=chosen.device) * envs
-        index = {1: places[:members, None] + chosen, 2: places.view(members, steps, 1) + chosen[:, None]}
-
-        def select(value: Tensor, axis: int) -> Tensor:
-            rows = index[axis]
-            return value.flatten(0, axis).index_select(0, rows.flatten()).view(*rows.shape, *value.shape[axis + 1 :])
-
-        return Batch(**{name: select(value, axes[name]) for name, value in fields.items()})
+        # Axes in front of the environments: members and, but for the states, steps.
+        return Batch(**{name: select(value, 1 if name == "initial_state" else 2) for name, value in fields.items()})
 
 
 def make_batch(

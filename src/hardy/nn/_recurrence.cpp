@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "../_entry.h"
 #include "../_threads.h"
 
 namespace {
@@ -37,9 +38,9 @@ struct Problem {
     const float *state_hidden, *state_cell;                      // [P, E, state_stride]
     const float *weight_ih, *weight_hh, *bias_ih, *bias_hh;      // as in torch.nn.LSTM, P in front
     float* output;                                               // [P, T, E, H]
-    float *gates, *cell;                                         // [P, T, E, 4 H] activated, [P, T, E, H]
+    float* gates;                                                // [P, T, E, 4 H] activated; gradients: written over with theirs
+    float* cell;                                                 // [P, T, E, H]
     const float* grad_output;                                    // [P, T, E, H]
-    float* grad_gates;                                           // [P, T, E, 4 H], may be `gates`
     float* grad_x;                                               // [P, T, E, I], or null
     float *grad_weight_ih, *grad_weight_hh, *grad_bias;          // [P, ...]
 };
@@ -54,7 +55,7 @@ struct Rows {
     const float *const *x, *const *hidden, *const *cell_before;  // by m: input, state before the step
     float *output, *gates, *cell;                                // the member's, by `at`
     const float* grad_output;
-    float *grad_gates, *grad_x;
+    float* grad_x;
     const float *weight_ih, *weight_hh, *bias_ih, *bias_hh;
 };
 
@@ -80,8 +81,7 @@ struct Linear {
     const float *weight, *bias;  // [P, O, I], [P, O]
     float* output;               // [P, M, O]
     float* before;               // [P, M, O] what goes into a SILU, else null
-    const float* grad_output;    // [P, M, O]; null: values are wanted
-    float* grad_sums;            // [P, M, O] gradients ahead of the activation; not for LINEAR
+    float* grad_output;          // [P, M, O], written over with the gradients ahead of an activation; null: values are wanted
     float* grad_x;               // [P, M, I], or null
     float *grad_weight, *grad_bias;
 };
@@ -304,8 +304,7 @@ void run_rows(const Problem& p, const Task& task, const float* zeros, const Kern
         static_cast<int64_t>(space.sizes.size()), count, space.sizes.data(), space.at.data(), zeros,
         space.x.data(), space.hidden.data(), space.cell_before.data(),
         p.output + block * H, p.gates + block * 4 * H, p.cell + block * H,
-        back ? p.grad_output + block * H : nullptr, back ? p.grad_gates + block * 4 * H : nullptr,
-        p.grad_x != nullptr ? p.grad_x + block * I : nullptr,
+        back ? p.grad_output + block * H : nullptr, p.grad_x != nullptr ? p.grad_x + block * I : nullptr,
         p.weight_ih + task.member * 4 * H * I, p.weight_hh + task.member * 4 * H * H,
         p.bias_ih + task.member * 4 * H, p.bias_hh + task.member * 4 * H};
     const int64_t widest = std::max(H, I) + WIDEST;
@@ -354,7 +353,7 @@ Blocks cut_gradients(const Problem& p, int64_t begin, int64_t end, int64_t threa
                 float* const gradient = (matrix ? p.grad_weight_hh : p.grad_weight_ih) + member * 4 * H * columns;
                 for (int64_t at = 0; at < columns; at += kernel.wide)
                     made.blocks.push_back({
-                        made.factor.back().data() + matrix * count, p.grad_gates + member * count * 4 * H, count, 4 * H, columns,
+                        made.factor.back().data() + matrix * count, p.gates + member * count * 4 * H, count, 4 * H, columns,
                         4 * H * range / ranges, 4 * H * (range + 1) / ranges, at, gradient,
                         matrix == 0 && at == 0 ? p.grad_bias + member * 4 * H : nullptr});
             }
@@ -388,7 +387,7 @@ int run(const Problem& problem) {
         const Blocks own = cut_gradients(problem, member, member + 1, 1, zeros.data(), kernel);
         for (const Block& block : own.blocks) weight_gradient(block, kernel);
     });
-    if (!done || !back) return done ? 0 : 1;
+    if (!done || !back || at_once == problem.members) return done ? 0 : 1;
     const Blocks rest = cut_gradients(problem, at_once, problem.members, problem.threads, zeros.data(), kernel);
     return share_out(rest.blocks.size(), problem.threads, [&](size_t i) { weight_gradient(rest.blocks[i], kernel); }) ? 0 : 1;
 }
@@ -459,21 +458,7 @@ int run(const Loss& loss) {
 
 }  // namespace
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
-// `name` does what a structure says, and returns 0, or 1 if memory ran out; `name_version` changes with the structure, so that a
-// library built from other sources is not used.
-#define ENTRY(name, structure, version) \
-    EXPORTED int64_t name##_version() { return version; } \
-    EXPORTED int name(const structure* given) { \
-        try { \
-            return run(*given); \
-        } catch (const std::bad_alloc&) { \
-            return 1; \
-        } \
-    }
-
-ENTRY(hardy_lstm, Problem, 2)          // values, or, where `grad_output` is given, gradients
-ENTRY(hardy_linear, Linear, 1)         // the same
+ENTRY(hardy_lstm, Problem, 3)          // values, or, where `grad_output` is given, gradients
+ENTRY(hardy_linear, Linear, 2)         // the same
 ENTRY(hardy_loss, Loss, 1)             // the loss and its gradients
 ENTRY(hardy_policy_step, Network, 2)   // packs the weights or takes a step

@@ -242,7 +242,7 @@ struct Step {
     }
 };
 
-// One time step backwards: gradients of the sums into the gates, and of the cell before (in `carry`, by row).
+// One time step backwards: gradients of the sums into the gates, in place of these, and of the cell before (in `carry`, by row).
 struct StepBack {
     const Problem& problem;
     const Rows& rows;
@@ -279,7 +279,7 @@ struct StepBack {
         const Vector grad_hidden = from_later + load(rows.grad_output + flat * hidden + at, units);
         Vector grad_cell = grad_hidden * output * (1.0f - squashed * squashed);
         if (!ending) grad_cell += load(carry + row * hidden + at, units);
-        float* gradient = rows.grad_gates + flat * 4 * hidden + at;
+        float* gradient = rows.gates + flat * 4 * hidden + at;
         store(gradient, grad_cell * candidate * input * (1.0f - input), units);
         store(gradient + hidden, grad_cell * load(rows.cell_before[m] + at, units) * forget * (1.0f - forget), units);
         store(gradient + 2 * hidden, grad_cell * input * (1.0f - candidate * candidate), units);
@@ -301,34 +301,23 @@ struct Product {
 
     template <int COUNT>
     void run(int64_t first) {
-        columns - at >= WIDE ? whole<COUNT>(first) : partly<COUNT>(first);
+        columns - at >= WIDE ? run<COUNT, true>(first) : run<COUNT, false>(first);
     }
 
-    // Apart from the other, whose sums are in memory, since they are reached by a changing index.
-    template <int COUNT>
-    INLINE void whole(int64_t first) {
+    template <int COUNT, bool WHOLE>
+    INLINE void run(int64_t first) {
         Vector sums[COUNT][4];
         clear(sums);
         accumulate(sums, from + first, stride, panel, depth);
 #pragma GCC unroll 8
         for (int r = 0; r < COUNT; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < 4; ++v) put(to[first + r] + at + v * LANES, sums[r][v], Constant<LANES>{});
-    }
-
-    template <int COUNT>
-    void partly(int64_t first) {
-        Vector sums[COUNT][4];
-        clear(sums);
-        accumulate(sums, from + first, stride, panel, depth);
-        for (int r = 0; r < COUNT; ++r)
-            for (int64_t v = 0, column = at; column < columns; ++v, column += LANES)
-                put(to[first + r] + column, sums[r][v], columns - column);
-    }
-
-    template <class Count>
-    INLINE void put(float* target, Vector sum, Count count) {
-        store(target, add ? sum + load(target, count) : sum, count);
+            for (int v = 0; v < 4; ++v) {
+                const int64_t column = at + v * LANES, left = WHOLE ? LANES : columns - column;
+                if (left <= 0) continue;
+                float* const target = to[first + r] + column;
+                store(target, add ? sums[r][v] + load(target, left) : sums[r][v], left);
+            }
     }
 };
 
@@ -382,7 +371,7 @@ void backward(const Problem& problem, const Rows& rows, float* workspace, const 
     int64_t begin = rows.count;
     for (int64_t s = rows.steps - 1; s >= 0; --s) {
         const int64_t size = rows.sizes[s], later = s + 1 < rows.steps ? rows.sizes[s + 1] : 0;
-        for (int64_t r = 0; r < later; ++r) from[r] = rows.grad_gates + rows.at[begin + r] * gates;
+        for (int64_t r = 0; r < later; ++r) from[r] = rows.gates + rows.at[begin + r] * gates;
         begin -= size;
         for (int64_t unit = 0; unit < hidden; unit += WIDE) {
             StepBack step{problem, rows, panels + unit * gates, from, carry, begin, unit, false};
@@ -395,7 +384,7 @@ void backward(const Problem& problem, const Rows& rows, float* workspace, const 
     for (int64_t k = 0; k < gates; ++k) from[k] = rows.weight_ih + k * inputs;
     for (int64_t at = 0; at < inputs; at += WIDE) pack_columns(from, gates, inputs, at, panels + at * gates);
     for (int64_t m = 0; m < rows.count; ++m) {
-        from[m] = rows.grad_gates + rows.at[m] * gates;
+        from[m] = rows.gates + rows.at[m] * gates;
         to[m] = rows.grad_x + rows.at[m] * inputs;
     }
     for (int64_t at = 0; at < inputs; at += WIDE) {

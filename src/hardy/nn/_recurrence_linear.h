@@ -45,9 +45,9 @@ bool linear_backward_rows(const Linear& p, const Kernel& kernel) {
         if (p.kind != LINEAR)
             kernel.deactivate(
                 p.kind, p.before == nullptr ? nullptr : p.before + at, p.output + at, count * p.outputs, p.grad_output + at,
-                p.grad_sums + at);
+                p.grad_output + at);
         if (p.grad_x == nullptr) return;
-        point_at_rows(space.from, (p.kind == LINEAR ? p.grad_output : p.grad_sums) + at, count, p.outputs);
+        point_at_rows<const float>(space.from, p.grad_output + at, count, p.outputs);
         point_at_rows(space.to, p.grad_x + begin * p.inputs, count, p.inputs);
         point_at_rows(space.x, p.weight + member * p.outputs * p.inputs, p.outputs, p.inputs);
         kernel.linear_inputs_back(
@@ -58,7 +58,7 @@ bool linear_backward_rows(const Linear& p, const Kernel& kernel) {
 
 // The weights' gradients: as W, or, of few inputs, transposed, which fills vectors with outputs instead of inputs.
 bool linear_backward_weights(const Linear& p, const Kernel& kernel) {
-    const float* const sums = p.kind == LINEAR ? p.grad_output : p.grad_sums;
+    const float* const sums = p.grad_output;
     const bool transposed = p.inputs < p.outputs && p.inputs < kernel.wide;
     const int64_t lines = transposed ? p.inputs : p.outputs, columns = transposed ? p.outputs : p.inputs;
     std::vector<float> turned(static_cast<size_t>(transposed ? p.members * lines * columns : 0));

@@ -9,7 +9,6 @@ kernels give the same results.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.compiled import NEWEST_INSTRUCTIONS, Function
 
-VERSION = 2
+VERSION = 3
 """Of `_Problem`; a library built from sources of another version is not used."""
 SMALLEST_PART = 2_000_000
 """Multiplications below which a part of a layer's forward pass is not worth a thread (measured)."""
@@ -32,19 +31,13 @@ class _Problem(ctypes.Structure):
     _sizes = "members steps envs inputs hidden state_stride parts threads level"
     _tensors = (
         "x is_first state_hidden state_cell weight_ih weight_hh bias_ih bias_hh output gates cell "
-        "grad_output grad_gates grad_x grad_weight_ih grad_weight_hh grad_bias"
+        "grad_output grad_x grad_weight_ih grad_weight_hh grad_bias"
     )
     _fields_ = [*((name, ctypes.c_int64) for name in _sizes.split()), *((name, ctypes.c_void_p) for name in _tensors.split())]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    return load("hardy_lstm", VERSION)
-
-
-def available() -> bool:
-    """Whether the compiled library is there, fits this version and is not switched off."""
-    return switched_on() and _library() is not None
+_lstm = Function("hardy_lstm", VERSION)
+available = _lstm.available
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -147,10 +140,7 @@ class LSTMCall:
     def run(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             setattr(self.problem, name, tensor.data_ptr())
-        library = _library()
-        assert library is not None
-        if library.hardy_lstm(ctypes.byref(self.problem)):
-            raise MemoryError(f"the LSTM over inputs of shape {tuple(self.inputs.shape)} finds no memory for its working space")
+        _lstm(self.problem, lambda: f"the LSTM over inputs of shape {tuple(self.inputs.shape)}")
 
     def forward(self, empty: Empty) -> tuple[Tensor, Tensor, Tensor]:
         """The outputs, and what `backward` needs besides: activated gates and cell vectors."""
@@ -179,7 +169,7 @@ class LSTMCall:
         optional = {} if written is None else {"grad_x": written}
         output, gates, cell = made
         self.run(
-            output=output, gates=gates, cell=cell, grad_output=grad_output, grad_gates=gates,
+            output=output, gates=gates, cell=cell, grad_output=grad_output,
             grad_weight_ih=grads[0], grad_weight_hh=grads[1], grad_bias=grads[2], **optional,
         )  # fmt: skip
         if grad_x is not None and written is not None and adds:

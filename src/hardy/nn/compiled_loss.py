@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.compiled import NEWEST_INSTRUCTIONS, Function
 from hardy.nn.compiled import empty
 
 VERSION = 1
@@ -39,14 +38,8 @@ class _Loss(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    return load("hardy_loss", VERSION)
-
-
-def available() -> bool:
-    """Whether the compiled library is there, fits this version and is not switched off."""
-    return switched_on() and _library() is not None
+_loss = Function("hardy_loss", VERSION)
+available = _loss.available
 
 
 class Parts(NamedTuple):
@@ -176,10 +169,7 @@ class _PPOLoss(torch.autograd.Function):
             *(options.kappa, options.most_log_ratio),
             **{name: tensor.data_ptr() for name, tensor in used.items()},
         )
-        library = _library()
-        assert library is not None
-        if library.hardy_loss(ctypes.byref(problem)):
-            raise MemoryError(f"the loss of outputs of shape {tuple(outputs.shape)} finds no memory for its working space")
+        _loss(problem, lambda: f"the loss of outputs of shape {tuple(outputs.shape)}")
         ctx.save_for_backward(*written.values())
         found = parts.to(outputs.dtype).unbind(1)
         total = found[0] + given.vf_coef * found[1] - given.ent_coef * found[2]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.compiled import NEWEST_INSTRUCTIONS, Function
 from hardy.nn.compiled import LSTMCall, empty
 from hardy.nn.compiled_step import KINDS
 from hardy.nn.linear import StackedLinear
@@ -25,7 +24,7 @@ from hardy.nn.packed_step import OBSERVATION, Layers
 from hardy.nn.recurrent import WEIGHTS, StackedRecurrent
 from hardy.parallel import pool
 
-VERSION = 1
+VERSION = 2
 """Of `_Linear`; a library built from sources of another version is not used."""
 SMALLEST_PART = 2_000_000
 """Multiplications of a layer's forward pass below which a part is not worth a thread (measured)."""
@@ -41,18 +40,12 @@ class _Linear(ctypes.Structure):
     """What a call works on; mirrors `Linear` in `_recurrence.cpp`, which explains the fields."""
 
     _sizes = "members rows inputs outputs kind adds threads level"
-    _tensors = "x weight bias output before grad_output grad_sums grad_x grad_weight grad_bias"
+    _tensors = "x weight bias output before grad_output grad_x grad_weight grad_bias"
     _fields_ = [*((name, ctypes.c_int64) for name in _sizes.split()), *((name, ctypes.c_void_p) for name in _tensors.split())]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    return load("hardy_linear", VERSION)
-
-
-def available() -> bool:
-    """Whether the compiled library is there, fits this version and is not switched off."""
-    return switched_on() and _library() is not None
+_linear = Function("hardy_linear", VERSION)
+available = _linear.available
 
 
 class Buffers:
@@ -162,10 +155,7 @@ class _LinearCall:
     def _run(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             setattr(self._problem, name, tensor.data_ptr())
-        library = _library()
-        assert library is not None
-        if library.hardy_linear(ctypes.byref(self._problem)):
-            raise MemoryError(f"a layer over inputs of shape {tuple(self.inputs.shape)} finds no memory for its working space")
+        _linear(self._problem, lambda: f"a layer over inputs of shape {tuple(self.inputs.shape)}")
 
     def forward(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         """The outputs, and what `backward` needs besides."""
@@ -179,12 +169,11 @@ class _LinearCall:
     ) -> list[Tensor]:
         """Gradients of the weights; those of the inputs are written or added to ``grad_x`` where that is given.
 
-        Behind an activation, ``grad_output`` is written over with the gradients ahead of it.
+        Behind an activation, ``grad_output`` is written over with the gradients ahead of it; so nothing comes from ``empty``,
+        which an `LSTMCall` wants.
         """
         grads = {"grad_weight": torch.empty_like(self.weight), "grad_bias": torch.empty_like(self.bias)}
         optional = {} if grad_x is None else {"grad_x": grad_x}
-        if self._problem.kind != KINDS["linear"]:
-            optional["grad_sums"] = grad_output
         self._problem.adds = adds
         self._run(**dict(zip(("output", "before"), made, strict=False)), grad_output=grad_output, **grads, **optional)
         return list(grads.values())

@@ -9,7 +9,6 @@ A rollout takes many small steps with the same weights: they are packed once, an
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Callable
 from typing import ClassVar, Self
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.compiled import NEWEST_INSTRUCTIONS, Function
 from hardy.nn.compiled import empty
 from hardy.nn.linear import StackedLinear
 from hardy.nn.normalizer import FrozenNormalizer
@@ -54,14 +53,8 @@ class _Network(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    return load("hardy_policy_step", VERSION)
-
-
-def available() -> bool:
-    """Whether the compiled library is there, fits this version and is not switched off."""
-    return switched_on() and _library() is not None
+_step = Function("hardy_policy_step", VERSION)
+available = _step.available
 
 
 class CompiledStep(PolicyStep):
@@ -131,12 +124,7 @@ class CompiledStep(PolicyStep):
         return self
 
     def _run(self, network: _Network) -> None:
-        library = _library()
-        assert library is not None
-        if library.hardy_policy_step(ctypes.byref(network)):
-            raise MemoryError(
-                f"a step of {self.members} members with {self.envs} environments finds no memory for its working space"
-            )
+        _step(network, lambda: f"a step of {self.members} members with {self.envs} environments")
 
     def __call__(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]

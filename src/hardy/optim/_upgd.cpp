@@ -19,6 +19,7 @@
 #include <new>
 #include <vector>
 
+#include "../_entry.h"
 #include "../_threads.h"
 
 #if defined(__x86_64__)
@@ -174,7 +175,7 @@ const Kernel& choose(int64_t level) {
 
 #include "_upgd_member.h"
 
-void run(const Problem& problem) {
+int run(const Problem& problem) {
     const Plan plan(problem);
     const Kernel& kernel = choose(problem.level);
     std::vector<int64_t> members;
@@ -203,11 +204,12 @@ void run(const Problem& problem) {
             for (const int64_t m : members) workspaces[0].run(m, team, rank);
         }
     });
+    return 0;
 }
 
-void run(const Squares& given) {
+int run(const Squares& given) {
     const Kernel& kernel = choose(given.level);
-    hardy::share_out(static_cast<size_t>(given.members), given.threads, [&](size_t member) {
+    const bool done = hardy::share_out(static_cast<size_t>(given.members), given.threads, [&](size_t member) {
         const auto m = static_cast<int64_t>(member);
         double sum = 0;
         for (int64_t k = 0; k < given.tensors; ++k)
@@ -215,23 +217,10 @@ void run(const Squares& given) {
                 sum += kernel.squares(given.tensor[k] + m * given.sizes[k] + begin, std::min(BLOCK, given.sizes[k] - begin));
         given.sum[m] = sum;
     });
+    return done ? 0 : 1;
 }
 
 }  // namespace
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
-// Changes with the structures, so that a library built from other sources is not used.
-EXPORTED int64_t hardy_upgd_version() { return 2; }
-
-EXPORTED void hardy_squares(const Squares* given) { run(*given); }
-
-// Returns 0, or 1 if memory ran out, before anything was changed.
-EXPORTED int hardy_upgd(const Problem* problem) {
-    try {
-        run(*problem);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
-}
+ENTRY(hardy_upgd, Problem, 1)     // changes nothing if memory runs out
+ENTRY(hardy_squares, Squares, 1)

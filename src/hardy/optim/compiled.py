@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from hardy.compiled import NEWEST_INSTRUCTIONS, load, switched_on
+from hardy.compiled import NEWEST_INSTRUCTIONS, Function
 from hardy.optim.noise import KeyedNormal
 from hardy.optim.transforms import Step, TensorOptions
 from hardy.optim.upgd import OptimizerName, UPGDState, noisy_tensors
 from hardy.optim.vgs import Scopes, VGSState, contributions, record_factors
 
-VERSION = 2
+VERSION = 1
 """Of the structures; a library built from sources of another version is not used."""
 SMALLEST_PART = 250_000
 """Weights, of all members, below which a part of a step is not worth a thread, which may have to be woken (measured)."""
@@ -74,14 +74,9 @@ class Measuring(NamedTuple):
     state: VGSState
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    return load("hardy_upgd", VERSION)
-
-
-def available() -> bool:
-    """Whether the compiled library is there, fits this version and is not switched off."""
-    return switched_on() and _library() is not None
+_upgd = Function("hardy_upgd", VERSION)
+_squares = Function("hardy_squares", VERSION)
+available = _upgd.available
 
 
 def supports(step: Step, state: UPGDState, measuring: Measuring | None = None) -> bool:
@@ -118,10 +113,9 @@ def member_squares(
         threads: at most that many; they do not change the result.
         level: the newest instruction set to use.
     """
-    library = _library() if switched_on() else None
-    if library is None or any(t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous() for t in tensors):
-        return None
-    if not tensors or not len(tensors[0]) or any(len(t) != len(tensors[0]) for t in tensors):
+    members = {len(t) for t in tensors}
+    fit = all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+    if not _squares.available() or not fit or len(members) != 1 or 0 in members:
         return None  # the library follows bare addresses
     sums = torch.empty(len(tensors[0]), dtype=torch.float64, device="cpu")
     sizes = [t.numel() // len(t) for t in tensors]
@@ -129,7 +123,7 @@ def member_squares(
     address, _ = places.buffer_info()
     useful = max(1, min(threads, len(sums) * sum(sizes) // SMALLEST_PART))
     given = _Squares(len(sums), len(tensors), useful, level, address, address + len(tensors) * places.itemsize, sums.data_ptr())
-    library.hardy_squares(ctypes.byref(given))
+    _squares(given, lambda: f"the sum of squares of {sum(sizes)} numbers")
     return sums
 
 
@@ -209,10 +203,7 @@ class Call:
         drawn = torch.zeros(problem.members, dtype=torch.int64) if self._draw is None else self._draw()
         keys = drawn.to(torch.int64).contiguous()
         problem.keys = keys.data_ptr()
-        library = _library()
-        assert library is not None
-        if library.hardy_upgd(ctypes.byref(problem)):
-            raise MemoryError(f"the step of {self._weights} weights finds no memory for its working space")
+        _upgd(problem, lambda: f"the step of {self._weights} weights")
 
     def record(self, step: Step) -> None:
         """Set the step's metrics."""
