@@ -11,14 +11,13 @@ for the LSTM, the cell vectors. Zero is the initial state.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from hardy.nn import compiled, lstm_choice
@@ -154,13 +153,12 @@ class StackedRecurrent(nn.Module):
             inputs, state = torch.nan_to_num(inputs, posinf=0, neginf=0), torch.nan_to_num(state, posinf=0, neginf=0)
         work = is_first[0].numel() * sum(weight.numel() for weight in weights)
         workers = pool() if work >= WORTH_THREADS and torch.get_num_threads() == 1 else WorkerPool(1)
-        tasks = _plan_tasks(is_first, workers.threads, inputs.device)
+        plan = _plan(is_first, workers.threads, inputs.device)
         parts = state.detach().masked_fill(is_first[:, 0].unsqueeze(-1), 0.0).split(self.hidden_size, dim=-1)
         output = inputs
         for layer in range(self.layers):
             initial = torch.stack(parts[layer :: self.layers], dim=1)
-            given = (self.kind, torch.is_grad_enabled(), workers, tasks, output, initial, *self.layer_weights(layer))
-            output = _FusedLayer.apply(*given)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+            output = _run_layer(self.kind, workers, plan, output, initial, self.layer_weights(layer))
         return output if spoiled is None else output.masked_fill(spoiled.unsqueeze(-1), torch.nan)
 
 
@@ -197,90 +195,96 @@ def _gru_cell(from_input: Tensor, from_hidden: Tensor, hidden: Tensor) -> Tensor
     return torch.lerp(new, hidden, torch.sigmoid(input_update + hidden_update))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """Some environments of one member."""
-
-    member: int
-    envs: slice
-    rows: Rows
-
-
-def _plan_tasks(is_first: Bool[Tensor, "P T E"], threads: int, device: torch.device) -> list[_Task]:
-    """One task for each member and part of the environments."""
+def _plan(is_first: Bool[Tensor, "P T E"], threads: int, device: torch.device) -> list[list[Rows]]:
+    """Each member's rows: a task, or where there are fewer members than threads one for each part of the environments."""
     members, _, envs = is_first.shape
     starts = is_first.cpu().numpy()
     parts = min(envs, max(1, math.ceil(threads / members)))
-    bounds = [envs * part // parts for part in range(parts + 1)]
-    return [
-        _Task(member, slice(low, high), lay_out(starts[member, :, low:high], device))
-        for member in range(members)
-        for low, high in itertools.pairwise(bounds)
+    bounds = list(itertools.pairwise(envs * part // parts for part in range(parts + 1)))
+    return [[lay_out(own[:, low:high], device) for low, high in bounds] for own in starts]
+
+
+def _run_layer(
+    kind: CellKind, workers: WorkerPool, plan: list[list[Rows]], inputs: Tensor, initial: Tensor, weights: Sequence[Tensor]
+) -> Float[Tensor, "P T E H"]:
+    """One layer of all members over ``inputs [P, T, E, I]`` from ``initial [P, 1 or 2, E, H]``, as planned."""
+    tasks = [
+        (rows, own_initial, own_inputs, *own_weights)
+        for parts, member_initial, member_inputs, *own_weights in zip(
+            plan, *map(_members, (initial, inputs, *weights)), strict=True
+        )
+        for rows, own_initial, own_inputs in zip(
+            parts, _parts(member_initial, parts), _parts(member_inputs, parts), strict=True
+        )
     ]
 
+    def run(index: int, *tensors: Tensor) -> Tensor:
+        return _run(kind, *tasks[index][:2], *tensors)
 
-def _kernel(kind: str, rows: Tensor, initial: Tensor, weights: list[Tensor]) -> Tensor:
-    """One layer over ``rows [L, E, I]`` from ``initial [1 or 2, E, H]``, the hidden and for the LSTM the cell vectors."""
+    if workers.threads == 1 or len(tasks) == 1:
+        outputs = [run(index, *task[2:]) for index, task in enumerate(tasks)]
+    else:
+        tensors = [tensor for task in tasks for tensor in task[2:]]
+        outputs = _InThreads.apply(workers, run, len(tasks), torch.is_grad_enabled(), *tensors)  # type: ignore[no-untyped-call]
+    parts = len(plan[0])
+    members = outputs if parts == 1 else [torch.cat(outputs[i : i + parts], 1) for i in range(0, len(tasks), parts)]
+    return members[0].unsqueeze(0) if len(members) == 1 else torch.stack(members)
+
+
+def _members(tensor: Shaped[Tensor, "P ..."]) -> Sequence[Shaped[Tensor, "..."]]:
+    # The gradient of what was unbound is a copy, that of what was squeezed is not.
+    return [tensor.squeeze(0)] if len(tensor) == 1 else tensor.unbind()
+
+
+def _parts(tensor: Shaped[Tensor, "N E ..."], parts: list[Rows]) -> Sequence[Shaped[Tensor, "N _ ..."]]:
+    return [tensor] if len(parts) == 1 else tensor.split([rows.envs for rows in parts], dim=1)
+
+
+def _run(
+    kind: CellKind, rows: Rows, initial: Tensor, inputs: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor,
+    bias_hh: Tensor,
+) -> Float[Tensor, "T E H"]:  # fmt: skip
+    """One layer of one member over ``inputs [T, E, I]`` from ``initial [1 or 2, E, H]``: hidden vectors, the LSTM's cells."""
+    weights = [input_weights(kind, weight_ih, bias_ih), weight_hh, torch.zeros_like(bias_hh), bias_hh]
     arguments = (weights, True, 1, 0.0, True, False, False)
+    spread, initial = rows.spread(inputs), rows.initial(initial)
     if kind == "lstm":
         hidden, cell = initial.unsqueeze(1)
-        return torch.lstm(rows, (hidden, cell), *arguments)[0]
-    return torch.gru(rows, initial, *arguments)[0]
+        return rows.take(torch.lstm(spread, (hidden, cell), *arguments)[0])
+    return rows.take(torch.gru(spread, initial, *arguments)[0])
 
 
-class _FusedLayer(torch.autograd.Function):
-    """One layer, its tasks in threads, forward and backward; each keeps a graph of its own in between."""
+class _InThreads(torch.autograd.Function):
+    """Tasks in threads, forward and backward; each keeps a graph of its own in between."""
 
     @staticmethod
     def forward(
-        ctx: Any, kind: CellKind, grad_enabled: bool, workers: WorkerPool, tasks: list[_Task], inputs: Tensor, initial: Tensor,
-        weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, workers: WorkerPool, run: Callable[..., Tensor], count: int, grad_enabled: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         wanted = grad_enabled and any(ctx.needs_input_grad)
-        inputs = inputs.detach()  # other threads would record what they do with it
-        leaves = [
-            [
-                tensor.detach().requires_grad_(wanted)
-                for tensor in (input_weights(kind, *own[:2]), own[2], torch.zeros_like(own[1]), own[3])
-            ]
-            for own in zip(weight_ih, bias_ih, weight_hh, bias_hh, strict=True)
-        ]
-        output = inputs.new_empty(*inputs.shape[:3], weight_hh.shape[-1])
+        each = len(tensors) // count
+        leaves = [tensor.detach().requires_grad_(wanted) for tensor in tensors]  # a thread records what it does with its own
 
-        def run(index: int) -> tuple[Tensor, Tensor]:
-            task = tasks[index]
-            rows = task.rows.spread(inputs[task.member, :, task.envs]).requires_grad_(wanted)
+        def run_one(index: int) -> Tensor:
             with torch.set_grad_enabled(wanted):
-                hidden = _kernel(kind, rows, initial[task.member, :, task.envs].contiguous(), leaves[task.member])
-            output[task.member, :, task.envs] = task.rows.take(hidden.detach())
-            return rows, hidden
+                return run(index, *leaves[index * each : (index + 1) * each])
 
-        graphs = workers.map(run, len(tasks))
+        outputs = workers.map(run_one, count)
         if wanted:
-            ctx.graphs, ctx.leaves, ctx.tasks, ctx.workers = graphs, leaves, tasks, workers
-            ctx.shape = inputs.shape
-        return output
+            ctx.graphs, ctx.leaves, ctx.workers, ctx.each = outputs, leaves, workers, each
+        return tuple(output.detach() for output in outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = grad_outputs
-        grad_inputs = grad_output.new_empty(ctx.shape)
-        size = ctx.shape[-1]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        graphs, leaves, each = ctx.graphs, ctx.leaves, ctx.each
 
-        def run(index: int) -> list[Tensor]:
-            task, (rows, hidden) = ctx.tasks[index], ctx.graphs[index]
-            grad = task.rows.put(grad_output[task.member, :, task.envs])
-            grads = torch.autograd.grad(hidden, [rows, *ctx.leaves[task.member]], grad)
-            grad_inputs[task.member, :, task.envs] = task.rows.take(grads[0])[..., :size]
-            return [grads[1][:, :size], grads[2], grads[1][:, size], grads[4]]
+        def run_one(index: int) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = torch.autograd.grad(
+                graphs[index], leaves[index * each : (index + 1) * each], grads[index]
+            )
+            return found
 
-        per_task = ctx.workers.map(run, len(ctx.tasks))
-        by_member: list[list[Tensor]] = [[] for _ in ctx.leaves]
-        for task, grads in zip(ctx.tasks, per_task, strict=True):
-            if by_member[task.member]:
-                torch._foreach_add_(by_member[task.member], grads)
-            else:
-                by_member[task.member] = grads
+        per_task = ctx.workers.map(run_one, len(graphs))
         del ctx.graphs
-        return (None, None, None, None, grad_inputs, None, *(torch.stack(grads) for grads in zip(*by_member, strict=True)))
+        return None, None, None, None, *itertools.chain.from_iterable(per_task)
