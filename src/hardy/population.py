@@ -214,10 +214,10 @@ def member_mean(value: Shaped[Tensor, "P ..."], where: Bool[Tensor, "P ..."] | N
 def member_norm(tensors: Sequence[Shaped[Tensor, "P ..."]]) -> Shaped[Tensor, "P"]:
     """Euclidean norm of each member's rows of all ``tensors`` together."""
     if len(tensors[0]) == 1:  # a whole tensor at a time, in one call
-        norms = [norm[None] for norm in torch._foreach_norm(list(tensors))]
+        norms = torch.stack(torch._foreach_norm(list(tensors)))[:, None]
     else:
-        norms = [torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1) for tensor in tensors]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        norms = torch.stack([torch.linalg.vector_norm(tensor.reshape(len(tensor), -1), dim=1) for tensor in tensors])
+    total: Tensor = torch.linalg.vector_norm(norms, dim=0)
     return total
 
 

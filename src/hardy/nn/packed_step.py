@@ -2,7 +2,8 @@
 
 What `hardy.nn.compiled_step` is where there is no compiled library, and wherever that one does not apply. A rollout takes many
 small steps with the same weights, and each is bound by the number of calls and by products with transposed matrices: here the
-weights are transposed beforehand, and the three gates with a sigmoid lie side by side.
+weights are transposed beforehand, the three gates with a sigmoid lie side by side, and a cell's two products are one, as are
+those of the heads.
 """
 
 from __future__ import annotations
@@ -61,11 +62,13 @@ class PolicyStep(Layers):
 
 
 class PackedStep(PolicyStep):
-    """By PyTorch's operations, without gradients; a layer has the weights of the moment it was added."""
+    """By PyTorch's operations, to be called without gradients; a layer has the weights of the moment it was added."""
 
     def __init__(self) -> None:
         self._layers: list[tuple[int, _Linear | _LSTM]] = []
         self._results: list[int] = []
+        self._widths: list[int] | None = None
+        """Of the results, where one layer gives them all, side by side."""
         self._room: _Room | None = None
 
     def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
@@ -84,9 +87,14 @@ class PackedStep(PolicyStep):
 
     def pack(self, actor: int, *critics: int) -> Self:
         self._results = [actor, *critics]
+        first = len(self._layers) - len(self._results)
+        heads = self._layers[first:]
+        if self._results == list(range(first, len(self._layers))) and len({source for source, _ in heads}) == 1:
+            joined = _Linear.joined([head for _, head in heads if isinstance(head, _Linear)])
+            self._widths = [head.bias.shape[-1] for _, head in heads]
+            self._layers[first:] = [(heads[0][0], joined)]
         return self
 
-    @torch.no_grad()
     def __call__(
         self, obs: Float[Tensor, "P E O"], state: Float[Tensor, "P E S"], is_first: Bool[Tensor, "P E"]
     ) -> tuple[Float[Tensor, "P E A"], Float[Tensor, "P E K"], Float[Tensor, "P E S"]]:
@@ -98,7 +106,10 @@ class PackedStep(PolicyStep):
         for (source, layer), vectors in zip(self._layers, room.vectors, strict=True):
             inputs = obs if source == OBSERVATION else outputs[source]
             outputs.append(layer(inputs) if isinstance(layer, _Linear) else layer(inputs, *vectors))
-        actor, *critics = (outputs[index] for index in self._results)
+        if self._widths is not None:
+            actor, *critics = outputs[-1].split_with_sizes(self._widths, dim=-1)
+        else:
+            actor, *critics = (outputs[index] for index in self._results)
         return actor, critics[0] if len(critics) == 1 else torch.cat(critics, dim=-1), room.state.clone()
 
 
@@ -106,6 +117,11 @@ class _Linear(NamedTuple):
     weight: Float[Tensor, "P I O"]
     bias: Float[Tensor, "P 1 O"]
     bend: Callable[[Tensor], Tensor] | None
+
+    @classmethod
+    def joined(cls, layers: Sequence[_Linear]) -> Self:
+        """One for several on the same inputs, without activation."""
+        return cls(torch.cat([layer.weight for layer in layers], -1), torch.cat([layer.bias for layer in layers], -1), None)
 
     def __call__(self, inputs: Float[Tensor, "P E I"]) -> Float[Tensor, "P E O"]:
         outputs = torch.baddbmm(self.bias, inputs, self.weight)
@@ -115,8 +131,7 @@ class _Linear(NamedTuple):
 class _LSTM(NamedTuple):
     """A layer of cells; G is the four gates, those with a sigmoid first."""
 
-    from_input: Float[Tensor, "P I G"]
-    from_hidden: Float[Tensor, "P H G"]
+    weight: Float[Tensor, "P I+H G"]
     bias: Float[Tensor, "P 1 G"]
     hidden_at: int
     cell_at: int
@@ -125,11 +140,13 @@ class _LSTM(NamedTuple):
     def packed(cls, weights: tuple[Tensor, Tensor, Tensor, Tensor], hidden_at: int, cell_at: int) -> Self:
         size, order = weights[1].shape[-1], list(_SIGMOIDS_FIRST)
         weight_ih, weight_hh, bias_ih, bias_hh = (w.detach().unflatten(1, (4, size))[:, order].flatten(1, 2) for w in weights)
-        return cls(_packed(weight_ih), _packed(weight_hh), (bias_ih + bias_hh).unsqueeze(1), hidden_at, cell_at)
+        return cls(_packed(torch.cat([weight_ih, weight_hh], -1)), (bias_ih + bias_hh).unsqueeze(1), hidden_at, cell_at)
 
     def __call__(self, inputs: Float[Tensor, "P E I"], hidden: Tensor, cell: Tensor, gates: _Gates) -> Float[Tensor, "P E H"]:
         """A step; the cells' two vectors ``[P, E, H]`` are overwritten."""
-        torch.baddbmm(self.bias, inputs, self.from_input, out=gates.all).baddbmm_(hidden, self.from_hidden)
+        gates.inputs.copy_(inputs)
+        gates.hidden.copy_(hidden)
+        torch.baddbmm(self.bias, gates.given, self.weight, out=gates.all)
         gates.sigmoids.sigmoid_()
         gates.candidate.tanh_()
         cell.mul_(gates.forget).addcmul_(gates.enter, gates.candidate)
@@ -139,8 +156,14 @@ class _LSTM(NamedTuple):
 
 
 class _Gates(NamedTuple):
-    """Room for one layer's gates ``[P, E, G]``, and where each lies in it: slices in every step would cost as much as gates."""
+    """Room for one layer's gates ``[P, E, G]`` and what they are given, ``[P, E, I + H]``, and where each part lies in it.
 
+    Slices in every step would cost as much as gates.
+    """
+
+    given: Tensor
+    inputs: Tensor
+    hidden: Tensor
     all: Tensor
     sigmoids: Tensor
     enter: Tensor
@@ -164,9 +187,10 @@ class _Room:
             if isinstance(layer, _Linear):
                 self.vectors.append(())
                 continue
-            size = layer.from_hidden.shape[1]
-            gates = like.new_empty(*like.shape[:2], 4 * size)
-            parts = _Gates(gates, gates[..., : 3 * size], *gates.chunk(4, dim=-1))
+            width, size = layer.weight.shape[1], layer.weight.shape[2] // 4
+            given, gates = like.new_empty(*like.shape[:2], width), like.new_empty(*like.shape[:2], 4 * size)
+            inputs, hidden = given.split_with_sizes([width - size, size], dim=-1)
+            parts = _Gates(given, inputs, hidden, gates, gates[..., : 3 * size], *gates.chunk(4, dim=-1))
             places = (self.state[..., at : at + size] for at in (layer.hidden_at, layer.cell_at))
             self.vectors.append((*places, parts))
 
