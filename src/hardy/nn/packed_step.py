@@ -89,9 +89,11 @@ class PackedStep(PolicyStep):
         self._results = [actor, *critics]
         first = len(self._layers) - len(self._results)
         heads = self._layers[first:]
-        if self._results == list(range(first, len(self._layers))) and len({source for source, _ in heads}) == 1:
-            joined = _Linear.joined([head for _, head in heads if isinstance(head, _Linear)])
-            self._widths = [head.bias.shape[-1] for _, head in heads]
+        linear = [head for _, head in heads if isinstance(head, _Linear) and head.bend is None]
+        last = self._results == list(range(first, len(self._layers))) and len(linear) == len(heads)
+        if last and len({source for source, _ in heads}) == 1:
+            joined = _Linear.joined(linear)
+            self._widths = [head.bias.shape[-1] for head in linear]
             self._layers[first:] = [(heads[0][0], joined)]
         return self
 

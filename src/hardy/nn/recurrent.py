@@ -286,5 +286,5 @@ class _InThreads(torch.autograd.Function):
             return found
 
         per_task = ctx.workers.map(run_one, len(graphs))
-        del ctx.graphs
+        del ctx.graphs, ctx.leaves
         return None, None, None, None, *itertools.chain.from_iterable(per_task)

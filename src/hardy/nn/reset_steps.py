@@ -3,7 +3,9 @@
 Two more inputs do it. One is 1 at every real step and carries the bias. The other is 1 at a reset step, whose real inputs are
 0, and its weight closes gates: an LSTM's input and forget gate become exactly 0, and with them the cell and the hidden state; a
 GRU's reset and update gate become 0, its candidate tanh(0), and so its hidden state. What was before cannot be felt afterwards,
-nor can a gradient pass: at such a step the derivative by every weight that is the network's own is 0.
+nor can a gradient pass: at such a step the derivative by every weight that is the network's own is 0. (What is not finite
+would be felt: `hardy.nn.recurrent` keeps such inputs and states out. Finite ones that overflow inside a row may reach the other
+episodes of that row; the member's update is lost then in any case.)
 
 So rows of one call hold sequences of several episodes without padding but at the end. An episode that begins within a sequence
 may lie anywhere: where there are few sequences and their episodes are short, more and shorter rows take less time.
@@ -29,7 +31,7 @@ LENGTHS = 8
 ENOUGH_ROWS = 8
 """Side by side; a step of more takes as much longer as there are more."""
 STEP_COST = 1.3
-"""What a step costs beside its rows, in the time of one row (measured: the LSTM of 128 units, 2 to 8 rows)."""
+"""What a step costs beside its rows, in the time of one row (measured: oneDNN's LSTM of 128 units, 2 to 8 rows)."""
 GATES: dict[str, int] = {"lstm": 4, "gru": 3}
 """Blocks of rows in the weights: input, forget, candidate and output of the LSTM; reset, update and candidate of the GRU."""
 MORE_INPUTS = 2
@@ -113,7 +115,7 @@ def lay_out(is_first: Bool[np.ndarray, "T E"], device: torch.device) -> Rows:
     begin = starts.ravel().nonzero()[0]  # of each piece of a sequence, e * T + t
     size = np.diff(begin, append=starts.size)
     continues = begin % steps == 0
-    packing = _cheapest(size[continues].tolist(), size[~continues].tolist())
+    packing = _cheapest(size[continues].tolist(), size[~continues].tolist(), (begin // steps)[~continues].tolist())
     row, offset = np.empty_like(begin), np.zeros_like(begin)
     row[continues], row[~continues], offset[~continues] = np.arange(envs), packing.rows, packing.offsets
     every = np.arange(steps * envs)
@@ -137,24 +139,34 @@ def _cost(length: int, width: int) -> float:
     return (length + -length % LENGTHS) * (width + STEP_COST)
 
 
-def _cheapest(first: list[int], others: list[int]) -> _Packing:
-    """The packing that takes least time.
+def _cheapest(first: list[int], others: list[int], env: list[int]) -> _Packing:
+    """The packing that takes least time among a sequence to a row and the longest first for each width.
 
     Args:
         first: steps of the pieces that begin rows 0 to E - 1.
         others: steps of the pieces with a reset step in front, unless they begin a row.
+        env: the sequence of each of those, whose pieces follow one another in time.
     """
     envs = len(first)
     longest, taken = max([*first, *others]), sum(first) + sum(others) + len(others) + envs
     # No packing into so many rows takes less; those that begin a row save the reset step.
     least = {width: _cost(max(longest, -(-taken // width) - 1), width) for width in range(envs, max(envs, ENOUGH_ROWS) + 1)}
-    found: list[tuple[float, _Packing]] = []
+    packings = [_in_order(first, others, env)]
     for width in sorted(least, key=least.__getitem__):
-        if found and min(found)[0] <= least[width]:
+        if min(_cost(packing.length, packing.width) for packing in packings) <= least[width]:
             break
-        packing = _longest_first(first, others, width)
-        found.append((_cost(packing.length, width), packing))
-    return min(found)[1]
+        packings.append(_longest_first(first, others, width))
+    return min(packings, key=lambda packing: _cost(packing.length, packing.width))
+
+
+def _in_order(first: list[int], others: list[int], env: list[int]) -> _Packing:
+    """A sequence to a row."""
+    ends, offsets = list(first), []
+    for steps, row in zip(others, env, strict=True):
+        offsets.append(ends[row] + 1)
+        ends[row] += 1 + steps
+    length = max(ends)
+    return _Packing(length + -length % LENGTHS, len(first), env, offsets)
 
 
 def _longest_first(first: list[int], others: list[int], width: int) -> _Packing:
