@@ -67,8 +67,8 @@ class PackedStep(PolicyStep):
     def __init__(self) -> None:
         self._layers: list[tuple[int, _Linear | _LSTM]] = []
         self._results: list[int] = []
-        self._widths: list[int] | None = None
-        """Of the results, where one layer gives them all, side by side."""
+        self._actor_width: int | None = None
+        """Where one layer gives all results side by side: the first so many are the actor's."""
         self._room: _Room | None = None
 
     def add_linear(self, source: int, linear: StackedLinear, activation: str = "linear") -> int:
@@ -93,7 +93,7 @@ class PackedStep(PolicyStep):
         last = self._results == list(range(first, len(self._layers))) and len(linear) == len(heads)
         if last and len({source for source, _ in heads}) == 1:
             joined = _Linear.joined(linear)
-            self._widths = [head.bias.shape[-1] for head in linear]
+            self._actor_width = linear[0].bias.shape[-1]
             self._layers[first:] = [(heads[0][0], joined)]
         return self
 
@@ -108,11 +108,11 @@ class PackedStep(PolicyStep):
         for (source, layer), vectors in zip(self._layers, room.vectors, strict=True):
             inputs = obs if source == OBSERVATION else outputs[source]
             outputs.append(layer(inputs) if isinstance(layer, _Linear) else layer(inputs, *vectors))
-        if self._widths is not None:
-            actor, *critics = outputs[-1].split_with_sizes(self._widths, dim=-1)
-        else:
-            actor, *critics = (outputs[index] for index in self._results)
-        return actor, critics[0] if len(critics) == 1 else torch.cat(critics, dim=-1), room.state.clone()
+        after = room.state.clone()
+        if self._actor_width is not None:
+            return outputs[-1][..., : self._actor_width], outputs[-1][..., self._actor_width :], after
+        actor, *critics = (outputs[index] for index in self._results)
+        return actor, critics[0] if len(critics) == 1 else torch.cat(critics, dim=-1), after
 
 
 class _Linear(NamedTuple):

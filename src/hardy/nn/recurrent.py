@@ -277,6 +277,8 @@ class _InThreads(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.graphs is None:
+            raise RuntimeError("a recurrence in threads gives its gradients once, retain_graph=True or not")
         graphs, leaves, each = ctx.graphs, ctx.leaves, ctx.each
 
         def run_one(index: int) -> tuple[Tensor, ...]:
@@ -286,5 +288,5 @@ class _InThreads(torch.autograd.Function):
             return found
 
         per_task = ctx.workers.map(run_one, len(graphs))
-        del ctx.graphs, ctx.leaves
+        ctx.graphs = ctx.leaves = None
         return None, None, None, None, *itertools.chain.from_iterable(per_task)

@@ -79,7 +79,7 @@ class _Spread(torch.autograd.Function):
         steps = functional.pad(inputs.flatten(0, 1), (0, MORE_INPUTS, 0, 1))
         steps[:-1, ctx.size] = 1
         steps[-1, ctx.size + 1] = 1
-        return steps.index_select(0, rows.step).view(rows.length, rows.width, -1)
+        return _placed(steps, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -98,9 +98,12 @@ class _Take(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        rows = ctx.rows
-        steps = functional.pad(grads[0].flatten(0, 1), (0, 0, 0, 1))
-        return steps.index_select(0, rows.step).view(rows.length, rows.width, -1), None
+        return _placed(functional.pad(grads[0].flatten(0, 1), (0, 0, 0, 1)), ctx.rows), None
+
+
+def _placed(steps: Tensor, rows: Rows) -> Tensor:
+    """Steps in their places; the last one, behind those of all sequences, is a reset step."""
+    return steps.index_select(0, rows.step).view(rows.length, rows.width, -1)
 
 
 def _taken(values: Tensor, rows: Rows) -> Tensor:
@@ -121,9 +124,10 @@ def lay_out(is_first: Bool[np.ndarray, "T E"], device: torch.device) -> Rows:
     every = np.arange(steps * envs)
     place = (every + (offset - begin).repeat(size)) * packing.width + row.repeat(size)
     place = place.reshape(envs, steps).T.ravel()
-    step = np.full(packing.length * packing.width, steps * envs)
+    length = _rounded(packing.length)
+    step = np.full(length * packing.width, steps * envs)
     step[place] = every
-    return Rows(packing.length, packing.width, envs, torch.from_numpy(place).to(device), torch.from_numpy(step).to(device))
+    return Rows(length, packing.width, envs, torch.from_numpy(place).to(device), torch.from_numpy(step).to(device))
 
 
 class _Packing(NamedTuple):
@@ -134,9 +138,18 @@ class _Packing(NamedTuple):
     rows: list[int]
     offsets: list[int]
 
+    @property
+    def cost(self) -> float:
+        """In the time of one step of one row."""
+        return _cost(self.length, self.width)
+
+
+def _rounded(length: int) -> int:
+    return -(-length // LENGTHS) * LENGTHS
+
 
 def _cost(length: int, width: int) -> float:
-    return (length + -length % LENGTHS) * (width + STEP_COST)
+    return _rounded(length) * (width + STEP_COST)
 
 
 def _cheapest(first: list[int], others: list[int], env: list[int]) -> _Packing:
@@ -153,10 +166,10 @@ def _cheapest(first: list[int], others: list[int], env: list[int]) -> _Packing:
     least = {width: _cost(max(longest, -(-taken // width) - 1), width) for width in range(envs, max(envs, ENOUGH_ROWS) + 1)}
     packings = [_in_order(first, others, env)]
     for width in sorted(least, key=least.__getitem__):
-        if min(_cost(packing.length, packing.width) for packing in packings) <= least[width]:
+        if min(packing.cost for packing in packings) <= least[width]:
             break
         packings.append(_longest_first(first, others, width))
-    return min(packings, key=lambda packing: _cost(packing.length, packing.width))
+    return min(packings, key=lambda packing: packing.cost)
 
 
 def _in_order(first: list[int], others: list[int], env: list[int]) -> _Packing:
@@ -165,8 +178,7 @@ def _in_order(first: list[int], others: list[int], env: list[int]) -> _Packing:
     for steps, row in zip(others, env, strict=True):
         offsets.append(ends[row] + 1)
         ends[row] += 1 + steps
-    length = max(ends)
-    return _Packing(length + -length % LENGTHS, len(first), env, offsets)
+    return _Packing(max(ends), len(first), env, offsets)
 
 
 def _longest_first(first: list[int], others: list[int], width: int) -> _Packing:
@@ -178,8 +190,7 @@ def _longest_first(first: list[int], others: list[int], width: int) -> _Packing:
         end, row = ends[0]
         rows[piece], offsets[piece] = row, end + 1
         heapq.heapreplace(ends, (end + 1 + others[piece], row))
-    length = max(ends)[0]
-    return _Packing(length + -length % LENGTHS, width, rows, offsets)
+    return _Packing(max(ends)[0], width, rows, offsets)
 
 
 @functools.lru_cache(maxsize=8)
