@@ -70,6 +70,7 @@ def refused():
         captured = torch.cuda.CUDAGraph()
         for name, work in {
             "both sides": lambda: there + host,
+            "the host's indices": lambda: there.index_select(0, torch.arange(2)),
             "the host's written from the card": lambda: torch.ones(()).add_(there[0]),
             "the card's numbers without a copy": lambda: there.numpy(),
         }.items():

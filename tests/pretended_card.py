@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CARD = torch.device("cuda", 0)
 COPIES = ("copy_", "_to_copy", "_foreach_copy_")
+INDEXED = ("index", "index_put", "index_put_")
 aten = torch.ops.aten
 
 
@@ -125,8 +126,8 @@ def _check(func, name, args, card, host, on_card):
     elif name in COPIES and tensors and (bool(card) != on_card or (card and host)):
         into_card = on_card if name == "_to_copy" else isinstance(tree_leaves(args)[0], OnCard)
         crossing = "to the card" if into_card else "to the host"
-    elif name.startswith("index") and card and isinstance(args[0], OnCard):
-        pass  # indices may be the host's
+    elif name in INDEXED and isinstance(args[0], OnCard) and all(isinstance(value, OnCard) for value in args[2:3]):
+        crossing = "to the card" if host else None  # indices may be the host's, and are moved
     elif card and (any(value.ndim for value in host) or (host and not isinstance(args[0], OnCard) and name.endswith("_"))):
         raise MixedDevicesError(f"{func} on tensors of both sides: {[(t.device.type, tuple(t.shape)) for t in tensors]}")
     if crossing is not None:
