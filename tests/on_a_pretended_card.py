@@ -15,7 +15,8 @@ os.environ["HARDY_COMPILED"] = "0"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from pretended_card import Card, crossings, graphs_captured, pretend  # noqa: E402
+from pretended_card import Card, MixedDevicesError, crossings, graphs_captured, pretend  # noqa: E402
+from replay import CaptureError  # noqa: E402
 from small_runs import EVERYTHING, assert_same, snapshot, tiny, trainer  # noqa: E402
 from test_device_update import CASES  # noqa: E402
 
@@ -33,7 +34,7 @@ ON_THE_HOST = ("everything", "adversary", "more steps")
 
 
 def trained(device, settings):
-    """A run after everything that training does, its last metrics, and the crossings of its last iteration."""
+    """State, metrics and returns after everything that training does, and what crossed in the last iteration."""
     run = trainer(settings.model_copy(update={"device": device}), SEEDS)
     for _ in range(ITERATIONS - 1):
         before = run.iterate(1000)["env/drift_changes"]
@@ -45,7 +46,8 @@ def trained(device, settings):
     found = {name: value.cpu() for name, value in snapshot(run.state).items()}
     found |= {f"metrics {name}": value for name, value in metrics.items() if isinstance(value, torch.Tensor)}
     # Members that add no noise draw keys as well where that is captured.
-    found.pop("generators.noise" if settings.optimizer.sigma == 0 else "none", None)
+    if settings.optimizer.sigma == 0:
+        found.pop("generators.noise")
     return {**found, "returns": torch.from_numpy(returns)}, crossed
 
 
@@ -63,7 +65,7 @@ def compared(settings):
 
 
 def refused():
-    """Each rule of the card, and whether breaking it is an error: the stand-in is of no use if it allows everything."""
+    """Rules of the card, and whether breaking each is the error it should be: a stand-in may not allow everything."""
     host, found = torch.ones(3), {}
     with Card():
         there = torch.ones(3, device="cuda")
@@ -72,24 +74,26 @@ def refused():
             "both sides": lambda: there + host,
             "the host's indices": lambda: there.index_select(0, torch.arange(2)),
             "the host's written from the card": lambda: torch.ones(()).add_(there[0]),
-            "the card's numbers without a copy": lambda: there.numpy(),
+            "a number of the host among those of the card": lambda: torch.stack([there[0], torch.tensor(1.0)]),
+            "the host's values": lambda: there.index_put_((torch.tensor([0], device="cuda"),), torch.ones(1)),
         }.items():
-            found[name] = _fails(work)
+            found[name] = _raises(MixedDevicesError, work)
         for name, work in {
             "asked while captured": lambda: there.sum().item(),
+            "a mask while captured": lambda: there[there > 0],
             "to the host while captured": lambda: there.cpu(),
             "to the card while captured": lambda: there + host.to("cuda"),
             "drawn while captured": lambda: there.normal_(),
         }.items():
             with torch.cuda.graph(captured):
-                found[name] = _fails(work)
+                found[name] = _raises(CaptureError, work)
     return found
 
 
-def _fails(work):
+def _raises(error, work):
     try:
         work()
-    except (RuntimeError, TypeError):
+    except error:
         return True
     return False
 
@@ -97,10 +101,12 @@ def _fails(work):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "adaptive_noise=False")
+    warnings.filterwarnings("error", "a CUDA graph could not be captured")
     pretend()
     found = {}
     for case, change in {**CASES, **OTHERS}.items():
         for backend in ("torch", "numpy") if case in ON_THE_HOST else ("torch",):
+            # A member that stops early draws no more keys on the CPU, but for a captured update.
             settings = tiny(EVERYTHING, BURN_IN, change, {"env": {"backend": backend}}, ppo={"target_kl": None})
             found[f"{case}, {backend}"] = {**compared(settings), "steps": settings.ppo.n_steps}
     print(json.dumps({"cases": found, "refused": refused()}))

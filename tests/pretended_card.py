@@ -1,8 +1,10 @@
 """A pretended graphics card: tensors that say they are on CUDA, are computed on the CPU, and keep a card's rules.
 
-An operation on tensors of both sides is an error, as on a card; so is whatever a graph cannot hold while one is captured.
-Everything that crosses between card and host is counted. The whole of `hardy.graphs` runs as it is, on the stand-ins for
-`torch.cuda` made here. What it does not pretend: speed, kernels of its own, and work that is still under way.
+An operation on tensors of both sides is an error, as on a card; a number of the host without axes, which some operations of a
+card take, is one too. While a graph is captured so is what `replay.py` lists. Every operation that brings numbers from one
+side to the other is counted. The whole of `hardy.graphs` runs as it is, on the stand-ins for `torch.cuda` made here.
+
+What it does not pretend: CUDA's own capture with its memory, kernels and speed, work that is still under way, and addresses.
 
 `pretended_card.cpp` has to be loaded before PyTorch; see `on_a_pretended_card.py`.
 """
@@ -20,6 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 CARD = torch.device("cuda", 0)
 COPIES = ("copy_", "_to_copy", "_foreach_copy_")
 INDEXED = ("index", "index_put", "index_put_")
+ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount", "repeat_interleave")
+"""Operations for which the host waits to know numbers of the card; so it does for a mask as an index."""
 aten = torch.ops.aten
 
 
@@ -55,22 +59,20 @@ class Card(TorchDispatchMode):
 
 
 crossings: Counter[str] = Counter()
-"""How often numbers went ``to the card``, ``to the host``, or were ``asked`` for one by one."""
+"""How often numbers went ``to the card``, ``to the host``, or were ``asked`` for, while the host waited."""
 _recording: Recording | None = None
 
 
-def _lstm_cell(from_input, from_hidden, cell, input_bias=None, hidden_bias=None):
-    gates = from_input + from_hidden
-    gates = gates if input_bias is None else gates + input_bias + hidden_bias
-    into, keep, new, out = gates.chunk(4, -1)
+def _lstm_cell(from_input, from_hidden, cell):
+    into, keep, new, out = (from_input + from_hidden).chunk(4, -1)
     into, keep, new, out = into.sigmoid(), keep.sigmoid(), new.tanh(), out.sigmoid()
     after = keep * cell + into * new
     return out * after.tanh(), after, torch.cat([into, keep, new, out], -1)
 
 
 def _lstm_cell_backward(grad_hidden, grad_cell, before, after, gates, has_bias):
+    assert not has_bias
     into, keep, new, out = gates.chunk(4, -1)
-    grad_hidden, grad_cell = (torch.zeros_like(after) if grad is None else grad for grad in (grad_hidden, grad_cell))
     squashed = after.tanh()
     grad = grad_cell + grad_hidden * out * (1 - squashed**2)
     parts = (
@@ -79,8 +81,7 @@ def _lstm_cell_backward(grad_hidden, grad_cell, before, after, gates, has_bias):
         grad * into * (1 - new**2),
         grad_hidden * squashed * out * (1 - out),
     )
-    grad_gates = torch.cat(parts, -1)
-    return grad_gates, grad * keep, grad_gates.flatten(0, -2).sum(0) if has_bias else None
+    return torch.cat(parts, -1), grad * keep, None
 
 
 ONLY_ON_CARDS = {
@@ -98,13 +99,11 @@ def run(func, args, kwargs):
     host = [value for value in tensors if not isinstance(value, OnCard)]
     target = kwargs.pop("device", None) if kwargs else None
     on_card = bool(card) if target is None else torch.device(target).type == "cuda"
-    _check(func, name, args, card, host, on_card)
+    _count_and_refuse(func, name, args, card, host, on_card)
     operation = ONLY_ON_CARDS.get(func, func)
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     with contextlib.nullcontext() if _recording is None or not on_card else _recording:
         result = operation(*inner_args, **inner_kwargs)
-    if name == "_to_copy" and result is inner_args[0]:
-        result = result.clone()  # the same numbers, but on the other side
     wrappers = {id(value.inner): value for value in card}
 
     def wrapped(value):
@@ -119,21 +118,28 @@ def _inner(value):
     return value.inner if isinstance(value, OnCard) else value
 
 
-def _check(func, name, args, card, host, on_card):
+def _count_and_refuse(func, name, args, card, host, on_card):
     crossing, tensors = None, card + host
-    if name == "_local_scalar_dense" and card:
+    if card and (name in ASKING or (name in INDEXED and any(_is_mask(value) for value in args[1]))):
         crossing = "asked"
     elif name in COPIES and tensors and (bool(card) != on_card or (card and host)):
         into_card = on_card if name == "_to_copy" else isinstance(tree_leaves(args)[0], OnCard)
         crossing = "to the card" if into_card else "to the host"
-    elif name in INDEXED and isinstance(args[0], OnCard) and all(isinstance(value, OnCard) for value in args[2:3]):
-        crossing = "to the card" if host else None  # indices may be the host's, and are moved
-    elif card and (any(value.ndim for value in host) or (host and not isinstance(args[0], OnCard) and name.endswith("_"))):
+    elif name in INDEXED and isinstance(args[0], OnCard):
+        if any(not isinstance(value, OnCard) and value.ndim for value in args[2:3]):
+            raise MixedDevicesError(f"{func} puts numbers of the host into a tensor of the card")
+        # Indices may be the host's, and are moved.
+        crossing = "to the card" if any(value is not None and not isinstance(value, OnCard) for value in args[1]) else None
+    elif card and host and name != "fill_":  # with a number of Python, which is on the host
         raise MixedDevicesError(f"{func} on tensors of both sides: {[(t.device.type, tuple(t.shape)) for t in tensors]}")
     if crossing is not None:
         crossings[crossing] += 1
         if _recording is not None:
-            raise CaptureError(f"{func}: numbers went {crossing} while a graph was captured")
+            raise CaptureError(f"{func} in a graph that is captured: {crossing}")
+
+
+def _is_mask(index):
+    return index is not None and index.dtype is torch.bool
 
 
 class _Stream:
@@ -183,14 +189,16 @@ def pretend():
     cuda.stream = lambda stream: contextlib.nullcontext()
     # Made from numbers of Python a tensor starts on the host, and PyTorch then moves it below what Python sees.
     for name in ("tensor", "as_tensor"):
-        setattr(torch, name, _moved(getattr(torch, name)))
+        setattr(torch, name, _made_then_moved(getattr(torch, name)))
     # A module on the card holds tensors of the card, not its own with their insides exchanged.
     torch.__future__.set_swap_module_params_on_conversion(True)
 
 
-def _moved(make):
+def _made_then_moved(make):
     def make_and_move(data, *, device=None, **options):
-        found = data if isinstance(data, OnCard) else make(data, **options)
+        if isinstance(data, OnCard):
+            return data.to(device=device or data.device, dtype=options.get("dtype") or data.dtype)
+        found = make(data, **options)
         return found if device is None else found.to(device)
 
     return make_and_move
