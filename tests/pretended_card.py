@@ -15,14 +15,14 @@ import contextlib
 from collections import Counter
 
 import torch
-from replay import CaptureError, Recording
+from replay import NEED_THE_HOST, CaptureError, Recording
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CARD = torch.device("cuda", 0)
 COPIES = ("copy_", "_to_copy", "_foreach_copy_")
 INDEXED = ("index", "index_put", "index_put_")
-ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount", "repeat_interleave")
+ASKING = NEED_THE_HOST.keys() - {"lift_fresh"}
 """Operations for which the host waits to know numbers of the card; so it does for a mask as an index."""
 aten = torch.ops.aten
 

@@ -15,6 +15,9 @@ NEED_THE_HOST = {
     "_local_scalar_dense": "looks at a value",
     "nonzero": "has a result whose size follows from values",
     "masked_select": "has a result whose size follows from values",
+    "_unique2": "has a result whose size follows from values",
+    "bincount": "has a result whose size follows from values",
+    "repeat_interleave": "has a result whose size follows from values",
     "equal": "looks at values",
     "lift_fresh": "brings numbers from the host",
 }
